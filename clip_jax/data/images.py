@@ -1,0 +1,133 @@
+"""From encoded bytes to a uint8 square: decoding, augmentation, and the resize of evaluation.
+
+All of it runs in input threads; OpenCV and Pillow release the interpreter's lock while they work.
+Resizing is Pillow's bicubic, which is antialiased and is what CLIP's own preprocessing uses.
+"""
+
+import math
+
+import cv2
+import numpy as np
+from PIL import Image
+
+cv2.setNumThreads(0)  # the input pipeline has threads of its own
+
+# A header may claim any size; this many pixels are refused before they are allocated.
+MAX_PIXELS = 256 * 1024 * 1024
+
+
+class DecodeError(ValueError):
+  """Bytes that are not an image that can be read."""
+
+
+def decode(encoded):
+  """Decodes JPEG, PNG or WebP.
+
+  Args:
+    encoded: bytes of one image file.
+
+  Returns:
+    uint8 [height, width, 3], RGB; transparent pixels are set on white, EXIF orientation is applied.
+
+  Raises:
+    DecodeError: not an image, cut off, or too large.
+  """
+  buffer = np.frombuffer(encoded, np.uint8)
+  if not len(buffer):
+    raise DecodeError("the image is empty")
+  # Only these two carry transparency; the flag for reading it would ignore a JPEG's orientation.
+  alpha_format = encoded[:4] == b"\x89PNG" or encoded[8:12] == b"WEBP"
+  flag = cv2.IMREAD_UNCHANGED if alpha_format else cv2.IMREAD_COLOR
+  try:
+    image = cv2.imdecode(buffer, flag)
+  except cv2.error as error:
+    raise DecodeError(f"the image cannot be decoded ({error.err})") from error
+  if image is None:
+    raise DecodeError(f"the image cannot be decoded (starts with {encoded[:8]!r})")
+  if image.dtype == np.uint16:
+    image = (image >> 8).astype(np.uint8)
+  if image.ndim == 2:
+    return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+  if image.shape[2] == 4:
+    alpha = image[..., 3:].astype(np.uint16)
+    white = image[..., :3] * alpha + 255 * (255 - alpha)
+    image = ((white + 127) // 255).astype(np.uint8)
+  return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def resize_and_crop(image, size):
+  """The evaluation transform of CLIP: shorter side to `size`, then the centre square.
+
+  Args:
+    image: uint8 [height, width, 3] or a PIL image.
+    size: pixels.
+
+  Returns:
+    uint8 [size, size, 3].
+  """
+  image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+  image = image.convert("RGB")
+  width, height = image.size
+  scale = size / min(width, height)
+  # The longer side is truncated, as torchvision does.
+  new = (size, int(height * scale)) if width <= height else (int(width * scale), size)
+  if new != image.size:
+    image = image.resize(new, Image.Resampling.BICUBIC)
+  left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
+  return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def augment(image, size, random, *, crop_scale, color_jitter=0.0, flip=0.0, rotation=0.0):
+  """The training transform: random resized crop, and what the config adds to it.
+
+  Args:
+    image: uint8 [height, width, 3].
+    size: pixels of the square that is returned.
+    random: a `numpy.random.Generator`.
+    crop_scale: smallest and largest share of the area to keep (Radford et al. 2021, section 2.5: a
+      random square crop is the only augmentation; open_clip keeps 0.9 to 1.0).
+    color_jitter: largest relative change of brightness, contrast and saturation.
+    flip: probability of mirroring left to right.
+    rotation: largest angle either way, degrees; corners are filled with white.
+
+  Returns:
+    uint8 [size, size, 3].
+  """
+  height, width = image.shape[:2]
+  left, top, right, bottom = _crop_box(width, height, random, crop_scale)
+  pil = Image.fromarray(image)
+  if rotation:
+    pil = pil.rotate(
+      random.uniform(-rotation, rotation), Image.Resampling.BILINEAR, fillcolor=(255, 255, 255)
+    )
+  pil = pil.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+  result = np.asarray(pil)
+  if flip and random.random() < flip:
+    result = result[:, ::-1]
+  if color_jitter:
+    result = _jitter(result, random, color_jitter)
+  return result
+
+
+def _crop_box(width, height, random, crop_scale):
+  # Aspect ratios 3/4 to 4/3, uniform in the logarithm, as torchvision's RandomResizedCrop.
+  for _ in range(10):
+    area = width * height * random.uniform(*crop_scale)
+    ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+    w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    if w <= width and h <= height:
+      left, top = random.uniform(0, width - w), random.uniform(0, height - h)
+      return left, top, left + w, top + h
+  side = min(width, height)
+  left, top = (width - side) / 2, (height - side) / 2
+  return left, top, left + side, top + side
+
+
+def _jitter(image, random, strength):
+  brightness, contrast, saturation = 1 + random.uniform(-strength, strength, 3)
+  pixels = image.astype(np.float32)
+  grey = pixels @ np.float32([0.299, 0.587, 0.114])
+  mean = grey.mean()
+  pixels = grey[..., None] + saturation * (pixels - grey[..., None])
+  pixels = brightness * (mean + contrast * (pixels - mean))
+  return np.clip(pixels, 0, 255).astype(np.uint8)

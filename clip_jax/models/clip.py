@@ -1,0 +1,81 @@
+"""CLIP: two towers and one temperature (Radford et al. 2021, figure 3)."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clip_jax.models.text import TextTransformer
+from clip_jax.models.transformer import parameter
+from clip_jax.models.vit import VisionTransformer
+
+# Section 2.5: initialised to the equivalent of a temperature of 0.07, and clipped so that logits are
+# never scaled by more than 100.
+LOGIT_SCALE_INIT = math.log(1 / 0.07)
+LOGIT_SCALE_MAX = math.log(100)
+
+
+class CLIP(nn.Module):
+  """An image tower, a text tower and the logarithm of the logit scale.
+
+  Attributes:
+    config: a resolved `clip_jax.config.Model` (no size left open).
+  """
+
+  config: object
+
+  def setup(self):
+    config = self.config
+    dtype = jnp.dtype(config.compute_dtype)
+    shared = dict(
+      embed_dim=config.embed_dim,
+      activation=config.activation,
+      norm_epsilon=config.norm_epsilon,
+      dtype=dtype,
+    )
+    vision, text = config.vision, config.text
+    self.image = VisionTransformer(
+      patch_size=vision.patch_size,
+      width=vision.width,
+      layers=vision.layers,
+      heads=vision.heads,
+      mlp_width=vision.mlp_width,
+      **shared,
+    )
+    self.text = TextTransformer(
+      vocab_size=text.vocab_size,
+      context_length=text.context_length,
+      width=text.width,
+      layers=text.layers,
+      heads=text.heads,
+      mlp_width=text.mlp_width,
+      **shared,
+    )
+    init = parameter(nn.initializers.constant(LOGIT_SCALE_INIT))
+    self.logit_scale = self.param("logit_scale", init, ())
+
+  def encode_image(self, images):
+    """uint8 [batch, size, size, 3] -> float32 [batch, embed_dim], L2-normalised."""
+    pixels = normalize_pixels(images, self.config.image_mean, self.config.image_std)
+    return l2_normalize(self.image(pixels))
+
+  def encode_text(self, tokens):
+    """int32 [batch, context_length] -> float32 [batch, embed_dim], L2-normalised."""
+    return l2_normalize(self.text(tokens))
+
+  def __call__(self, images, tokens):
+    """Both embeddings and the logit scale, exponentiated."""
+    return self.encode_image(images), self.encode_text(tokens), jnp.exp(self.logit_scale)
+
+
+def normalize_pixels(images, mean, std):
+  """uint8 pixels to float32 with the model's mean and standard deviation (of values in 0..1)."""
+  mean, std = 255 * jnp.asarray(mean), 255 * jnp.asarray(std)
+  return (images.astype(jnp.float32) - mean) / std
+
+
+def l2_normalize(x):
+  """Rows of unit length, in float32; a row of zeros stays zero and has a finite gradient."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

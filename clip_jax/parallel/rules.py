@@ -1,0 +1,94 @@
+"""Which mesh axis each logical axis of an array is sharded over, and arrays placed by those rules."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from clip_jax.parallel.mesh import BATCH_AXES
+
+# Logical axis -> mesh axis, first match wins. A rule is skipped where the mesh axis does not divide the
+# dimension or is taken by an earlier dimension of the same array.
+SHARDING = (
+  ("embed", "fsdp"),
+  ("heads", "tensor"),
+  ("mlp", "tensor"),
+  ("vocab", None),
+)
+
+
+def replicated(mesh):
+  """The sharding of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh):
+  """The sharding of an array whose first axis is the global batch."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def shardings_of(boxed, mesh, rules=SHARDING):
+  """The sharding of every leaf of a tree with logical axis names.
+
+  Args:
+    boxed: a tree of `nn.LogicallyPartitioned` leaves (or plain ones, which are replicated) with shapes.
+    mesh: the device mesh.
+    rules: pairs of logical axis and mesh axis (or axes, or None).
+
+  Returns:
+    The same tree, unboxed, with a `NamedSharding` at each leaf.
+  """
+  table = dict(reversed(rules))
+
+  def place(leaf):
+    if not isinstance(leaf, nn.LogicallyPartitioned):
+      return replicated(mesh)
+    taken, spec = set(), []
+    for size, name in zip(leaf.value.shape, leaf.names, strict=True):
+      axis = table.get(name)
+      fits = axis is not None and axis not in taken and size % mesh.shape[axis] == 0
+      spec.append(axis if fits else None)
+      taken.add(axis)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+  return jax.tree.map(place, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def local_rows(mesh, rows):
+  """Which rows of a global batch this process's devices hold.
+
+  Args:
+    mesh: the device mesh.
+    rows: length of the batch axis.
+
+  Returns:
+    Sorted int64 array of row numbers.
+  """
+  indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+  held = {range(*index[0].indices(rows)) for index in indices}
+  return np.unique(np.concatenate([np.asarray(r, np.int64) for r in held]))
+
+
+def to_global(batch, mesh, rows):
+  """Puts the local rows of a batch on this process's devices, as parts of global arrays.
+
+  Args:
+    batch: a tree of NumPy arrays whose first axis are `local_rows(mesh, rows)`.
+    mesh: the device mesh.
+    rows: length of the batch axis over all processes.
+
+  Returns:
+    The same tree of `jax.Array`s with first axis `rows`, sharded over the batch axes.
+  """
+  sharding = batch_sharding(mesh)
+  held = local_rows(mesh, rows)
+
+  def place(array):
+    def part(index):
+      wanted = range(*index[0].indices(rows))
+      start = np.searchsorted(held, wanted.start)
+      return array[start : start + len(wanted)]
+
+    return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
+
+  return jax.tree.map(place, batch)

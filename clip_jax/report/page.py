@@ -1,0 +1,649 @@
+"""The report: one self-contained HTML page about a work directory.
+
+    page.write("runs/quickstart")        # -> runs/quickstart/report.html
+
+`read_run` takes the log in, `results_table` turns evaluation keys into rows (a terminal printer uses
+it as well), the rest arranges what templates/report.html shows.
+"""
+
+import base64
+import datetime
+import hashlib
+import json
+import math
+import os
+import re
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from clip_jax.report import plots
+
+TEMPLATES = Path(__file__).parent / "templates"
+# Training metric -> (title, running median or not, options of its chart), in the order of the page.
+TRAINING_CHARTS = {
+  "loss": ("Loss", True, {"may_be_log": True}),
+  "learning_rate": ("Learning rate", False, {"from_zero": True}),
+  "logit_scale": ("Logit scale", False, {}),
+  "gradient_norm": ("Gradient norm", True, {"may_be_log": True}),
+  "parameter_norm": ("Parameter norm", False, {}),
+  "samples_per_second": ("Samples per second", True, {"from_zero": True}),
+  "data_wait": ("Time waiting on data", True, {"from_zero": True, "form": plots.percent}),
+}
+LOGIT_SCALE_CAP = 100.0  # Radford et al. 2021, section 2.5
+# Numbers to be had without any training, logged beside the model's; they go in a column of their own.
+YARDSTICK = "nearest_pixels_"
+GALLERY_LIMIT = 60  # queries shown; beyond that the page gets heavy and nobody scrolls
+
+_IMAGE = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]+")
+_SHARE = re.compile(r"(^|_)(R@\d+|acc\d*|accuracy|recall|precision|mAP|AUC)(_|$)")
+_DIRECTIONS = {"image_to_text_": "image → text ", "text_to_image_": "text → image "}
+
+
+@dataclass(frozen=True)
+class Row:
+  """One held-out result.
+
+  Attributes:
+    name: for people, set and metric ("emoji_unseen image → text R@5").
+    value: as logged, usually a share of 0 to 1.
+    chance: what guessing reaches, or None.
+    yardstick: what the nearest training drawing by pixels reaches, or None.
+    set: the evaluation set.
+    metric: as in the key ("image_to_text_R@5").
+  """
+
+  name: str
+  value: float
+  chance: float | None = None
+  yardstick: float | None = None
+  set: str = ""
+  metric: str = ""
+
+  @property
+  def label(self) -> str:
+    """The metric for people, without the set."""
+    return _metric_label(self.metric)
+
+  @property
+  def key(self) -> str:
+    return "/".join(filter(None, ("eval", self.set, self.metric)))
+
+  @property
+  def is_share(self) -> bool:
+    """Whether the numbers are shares, to be written as percent, rather than ranks or losses."""
+    return bool(_SHARE.search(self.metric)) and not self.value > 1
+
+  def text(self, number: float | None) -> str:
+    """A number of this row as it should be read: percent, or four digits, or a dash for None."""
+    if number is None:
+      return "–"
+    return plots.percent(number) if self.is_share else plots.number(number)
+
+
+def results_table(metrics: Mapping[str, float]) -> list[Row]:
+  """Turns flat evaluation keys into rows.
+
+  Args:
+    metrics: `eval/SET/METRIC` -> number, with `eval/SET/METRIC/chance` and
+      `eval/SET/nearest_pixels_...` beside it or not; other keys are ignored.
+
+  Returns:
+    Rows by set in order of appearance; within a set image to text, then text to image, then the
+    others; K ascending. A yardstick stands in the row of the image-to-text metric it belongs to,
+    or in a row of its own where there is none.
+  """
+  values, chances, yardsticks = {}, {}, {}
+  for key, value in metrics.items():
+    if not key.startswith("eval/"):
+      continue
+    name = key.removeprefix("eval/")
+    target = chances if name.endswith("/chance") else values
+    set_, _, metric = name.removesuffix("/chance").rpartition("/")
+    target[set_, metric] = value
+  for set_, metric in list(values):
+    if not metric.startswith(YARDSTICK):
+      continue
+    rest = metric.removeprefix(YARDSTICK)
+    owner = next((m for m in (f"image_to_text_{rest}", rest) if (set_, m) in values), None)
+    if owner:
+      yardsticks[set_, owner] = values.pop((set_, metric))
+
+  sets = {set_: i for i, (set_, _) in reversed(list(enumerate(values)))}
+  families = {_family(metric): i for i, (_, metric) in reversed(list(enumerate(values)))}
+
+  def order(key):
+    direction = [*(key[1].startswith(d) for d in _DIRECTIONS), True].index(True)
+    return sets[key[0]], direction, families[_family(key[1])], _at_k(key[1])
+
+  return [
+    Row(
+      name=f"{set_} {_metric_label(metric)}".strip(),
+      value=values[set_, metric],
+      chance=chances.get((set_, metric)),
+      yardstick=yardsticks.get((set_, metric)),
+      set=set_,
+      metric=metric,
+    )
+    for set_, metric in sorted(values, key=order)
+  ]
+
+
+def _metric_label(metric: str) -> str:
+  for prefix, words in _DIRECTIONS.items():
+    if metric.startswith(prefix):
+      return words + metric.removeprefix(prefix).replace("_", " ")
+  return metric.replace("_", " ")
+
+
+def _family(metric: str) -> str:
+  return re.sub(r"\d+$", "", metric)
+
+
+def _at_k(metric: str) -> int:
+  digits = re.search(r"\d+$", metric)
+  return int(digits.group()) if digits else 0
+
+
+def headline_rows(rows: list[Row]) -> list[Row]:
+  """Of each set and direction the one share to look at: R@5, or the K nearest to it; acc1."""
+  chosen = {}
+  for row in rows:
+    if not row.is_share:
+      continue
+    best_k = 5 if "R@" in row.metric else 1
+    family = row.set, _family(row.metric)
+    if family not in chosen or abs(_at_k(row.metric) - best_k) < abs(
+      _at_k(chosen[family].metric) - best_k
+    ):
+      chosen[family] = row
+  return list(chosen.values())
+
+
+@dataclass
+class Run:
+  """What metrics.jsonl says.
+
+  Arrays and not lists of dicts: a million lines of seven metrics stay near 100 MB.
+
+  Attributes:
+    steps, samples: of each training line.
+    training: metric -> (training line it stands in, value).
+    evaluations: key -> step -> (samples seen, value), in the order in which keys appeared.
+    rewinds: how often the log went back to an earlier step, as a resumed session does.
+    times: unix seconds of the first and of the last line.
+  """
+
+  steps: array = field(default_factory=lambda: array("q"))
+  samples: array = field(default_factory=lambda: array("d"))
+  training: dict[str, tuple[array, array]] = field(default_factory=dict)
+  evaluations: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
+  rewinds: int = 0
+  times: tuple[float, float] | None = None
+  last: tuple[int, float] = (0, 0.0)
+
+  def add(self, record: Mapping[str, Any]) -> None:
+    """Takes one line in.
+
+    Raises:
+      ValueError: `step`, `samples_seen` or `time` is missing, or a metric is not a number.
+    """
+    step, samples, time = (_number(record, key) for key in ("step", "samples_seen", "time"))
+    if not (math.isfinite(step) and math.isfinite(samples)):
+      raise ValueError("step and samples_seen must be finite")
+    step = int(step)
+    training = [key for key in TRAINING_CHARTS if key in record]
+    if training and self.steps and step < self.steps[-1]:
+      self._rewind(step)
+    if training and not (self.steps and step == self.steps[-1]):
+      self.steps.append(step)
+      self.samples.append(samples)
+    for key in training:
+      rows, values = self.training.setdefault(key, (array("I"), array("d")))
+      if rows and rows[-1] == len(self.steps) - 1:  # a second line for the same step
+        values[-1] = _number(record, key)
+      else:
+        rows.append(len(self.steps) - 1)
+        values.append(_number(record, key))
+    for key in record:
+      if key.startswith("eval/"):
+        self.evaluations.setdefault(key, {})[step] = samples, _number(record, key)
+    self.times = (self.times[0] if self.times else time, time)
+    self.last = max(self.last, (step, samples))
+
+  def _rewind(self, step: int) -> None:
+    """Forgets what a resumed session is about to write anew.
+
+    Evaluations at `step` itself stay: the new session may have written them just before this line.
+    """
+    self.rewinds += 1
+    self.last = (0, 0.0)
+    while self.steps and self.steps[-1] >= step:
+      self.steps.pop()
+      self.samples.pop()
+    for rows, values in self.training.values():
+      while rows and rows[-1] >= len(self.steps):
+        rows.pop()
+        values.pop()
+    for points in self.evaluations.values():
+      for stale in [s for s in points if s > step]:
+        del points[stale]
+
+  def curve(self, key: str) -> plots.Curve | None:
+    """A training metric or an evaluation key; None if it was never logged."""
+    if key in self.training:
+      columns = (*self.training[key], self.steps, self.samples)
+      rows, values, steps, samples = (np.asarray(column) for column in columns)  # no copies
+      if len(rows) < len(steps):
+        steps, samples = steps[rows], samples[rows]
+      return plots.Curve(steps, samples, values) if len(rows) else None
+    points = sorted(self.evaluations.get(key, {}).items())
+    if not points:
+      return None
+    steps, pairs = zip(*points, strict=True)
+    samples, values = np.array(pairs, dtype=np.float64).T
+    return plots.Curve(np.array(steps), samples, values)
+
+  def results(self) -> dict[str, float]:
+    """The last value of each evaluation key."""
+    return {k: points[max(points)][1] for k, points in self.evaluations.items() if points}
+
+
+def _number(record: Mapping[str, Any], key: str) -> float:
+  """NaN may be written as NaN or null. Raises ValueError naming the key."""
+  if key not in record:
+    raise ValueError(f"{key} is missing")
+  try:
+    return math.nan if record[key] is None else float(record[key])
+  except (TypeError, ValueError, OverflowError):
+    raise ValueError(f"{key} is {record[key]!r}, not a number") from None
+
+
+def read_run(path: Path) -> Run:
+  """Reads metrics.jsonl line by line.
+
+  A last line that was cut off (a killed process) is left out.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: a line is not what it should be (the message names it), or there is none at all.
+  """
+  run = Run()
+  with _open(path) as file:
+    for number, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      try:
+        record = json.loads(line)
+        if not isinstance(record, dict):
+          raise ValueError("not a JSON object")
+      except ValueError as error:
+        if not line.endswith(b"\n"):  # only the last line can lack it
+          break
+        raise ValueError(f"{path}, line {number}: {error}.") from None
+      try:
+        run.add(record)
+      except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}.") from None
+  if not run.times:
+    raise ValueError(f"{path} holds no complete line: nothing has been logged yet.")
+  return run
+
+
+def write(workdir: str | Path) -> Path:
+  """Writes WORKDIR/report.html, whole or not at all.
+
+  Args:
+    workdir: holds config.json and metrics.jsonl, and where they were written examples.json and
+      environment.json; without these their sections say so.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    FileNotFoundError: config.json or metrics.jsonl is missing.
+    ValueError: one of the files is not what it should be; the message names it.
+  """
+  workdir = Path(workdir)
+  config = _read_object(workdir / "config.json")
+  run = read_run(workdir / "metrics.jsonl")
+  examples = _read_object(workdir / "examples.json", required=False)
+  environment = _read_object(workdir / "environment.json", required=False)
+  html = _template().render(
+    model=_setting(config, "model", "name") or workdir.resolve().name,
+    workdir=workdir.resolve().name,
+    last_line=_date(run.times[1]),
+    rewinds=run.rewinds,
+    tiles=headline(run, config),
+    results=_by_set(results_table(run.results())),
+    results_at=_results_at(run),
+    **_charts(run, config),
+    **_examples(workdir / "examples.json", examples),
+    config=_flat_sections(config),
+    environment={k: _value_text(v) for k, v in environment.items()},
+  )
+  target, partial = workdir / "report.html", workdir / f".report.html.{os.getpid()}"
+  try:
+    # A caption can hold half a surrogate pair, which JSON allows and UTF-8 does not.
+    partial.write_bytes(html.encode("utf-8", "replace"))
+    os.replace(partial, target)
+  finally:
+    partial.unlink(missing_ok=True)
+  return target
+
+
+def _open(path: Path):
+  try:
+    return path.open("rb")
+  except FileNotFoundError:
+    raise FileNotFoundError(
+      f"{path} is missing; a report is made from the work directory of a training run."
+    ) from None
+
+
+def _read_object(path: Path, required: bool = True) -> dict[str, Any]:
+  if not required and not path.exists():
+    return {}
+  with _open(path) as file:
+    try:
+      content = json.load(file)
+    except ValueError as error:
+      raise ValueError(f"{path} is not JSON: {error}.") from None
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object.")
+  return content
+
+
+def _template() -> jinja2.Template:
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATES),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+  style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+  # The page's policy admits this one script by its hash: were data ever to slip through the
+  # escaping, a browser would still not run it, nor load anything from anywhere.
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  environment.globals.update(
+    script=Markup(script), style=Markup(style), script_hash=f"sha256-{digest}"
+  )
+  environment.filters.update(
+    join_bar=lambda texts: "|".join(map(str, texts)),
+    family=_family,
+    bar=lambda share: round(100 * min(max(share, 0), 1), 1) if math.isfinite(share) else 0,
+  )
+  return environment.get_template("report.html")
+
+
+def _setting(config: Mapping[str, Any], section: str, key: str) -> Any:
+  values = config.get(section)
+  return values.get(key) if isinstance(values, dict) else None
+
+
+def _date(seconds: float) -> str:
+  try:
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+  except (ValueError, OverflowError, OSError):
+    return "an unknown time"
+  return f"{moment.day} {moment:%B %Y, %H:%M} UTC"
+
+
+def duration(seconds: float) -> str:
+  """`2 h 13 min`: the two largest units."""
+  seconds = max(0, round(seconds))
+  units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+  first = next((i for i, (_, size) in enumerate(units) if seconds >= size), 3)
+  texts = []
+  for name, size in units[first : first + 2]:
+    count, seconds = divmod(seconds, size)
+    if count or not texts:
+      texts.append(f"{count} {name}")
+  return " ".join(texts)
+
+
+@dataclass(frozen=True)
+class Tile:
+  """A big number on top of the page."""
+
+  label: str
+  text: str
+  note: str = ""
+  alarm: bool = False
+
+
+def headline(run: Run, config: Mapping[str, Any]) -> list[Tile]:
+  """The few numbers to see first; what was not logged has no tile."""
+  loss, rate, wait = map(run.curve, ("loss", "samples_per_second", "data_wait"))
+  steps = _setting(config, "train", "steps")
+  planned = f" of {steps:,}" if isinstance(steps, int) else ""
+  tiles = [
+    _loss_tile(loss, config) if loss else None,
+    Tile("samples seen", plots.compact(run.last[1], 3), f"step {run.last[0]:,}{planned}"),
+    _result_tile(headline_rows(results_table(run.results()))),
+  ]
+  wall = run.times[1] - run.times[0]
+  between = duration(wall) if math.isfinite(wall) else "an unknown time"
+  known = np.isfinite(rate.values) & (rate.values > 0) if rate else np.zeros(0, bool)
+  if known.any():
+    median = float(np.median(rate.values[known]))
+    waiting = wait.values[np.isfinite(wait.values)] if wait else np.zeros(0)
+    note = f"{plots.percent(float(waiting.mean()))} of the time waiting on data" if len(waiting) else ""
+    tiles.append(Tile("samples per second, median", plots.number(median), note))
+    # From throughput and not from the clock, which runs on while a job waits to be resumed.
+    start = 0.0 if rate.samples[0] < 0.5 * rate.samples[-1] else rate.samples[0]
+    seconds = np.diff(rate.samples, prepend=start) / np.where(known, rate.values, median)
+    tiles.append(
+      Tile("time in training steps", duration(seconds.sum()), f"{between} from first to last line")
+    )
+  else:
+    tiles.append(Tile("duration", between, "from first to last line of the log"))
+  return [tile for tile in tiles if tile]
+
+
+def _loss_tile(loss: plots.Curve, config: Mapping[str, Any]) -> Tile:
+  finite = np.flatnonzero(np.isfinite(loss.values))
+  if math.isfinite(loss.values[-1]):
+    chance = _loss_of_chance(config)
+    return Tile(
+      "loss, last logged",
+      plots.number(loss.values[-1]),
+      f"{chance.label}: {plots.number(chance.value)}" if chance else "",
+    )
+  note = "never finite"
+  if len(finite):
+    note = f"last finite: {plots.number(loss.values[finite[-1]])} at step {loss.steps[finite[-1]]:,}"
+  return Tile("loss, last logged", "not finite", note, alarm=True)
+
+
+def _loss_of_chance(config: Mapping[str, Any]) -> plots.Reference | None:
+  """ln(batch), which is what a softmax over the batch costs when all similarities are equal."""
+  batch = _setting(config, "train", "global_batch_size")
+  loss = config.get("loss")
+  names = [str(v) for v in loss.values()] if isinstance(loss, dict) else [str(loss)]
+  if not isinstance(batch, int) or batch < 2 or any(re.search("sigmoid|siglip", n) for n in names):
+    return None
+  return plots.Reference(f"chance, ln {batch:,}", math.log(batch))
+
+
+def _result_tile(rows: list[Row]) -> Tile | None:
+  """The result farthest above chance, as a share of the way from chance to 100%.
+
+  The plain share would prefer sets with few candidates, the multiple of chance sets with many.
+  """
+  rows = [row for row in rows if math.isfinite(row.value)]
+  if not rows:
+    return None
+  best = max(rows, key=lambda row: (row.value - (row.chance or 0)) / max(1 - (row.chance or 0), 1e-9))
+  notes = [f"chance {best.text(best.chance)}"] if best.chance is not None else []
+  notes += [f"nearest pixels {best.text(best.yardstick)}"] if best.yardstick is not None else []
+  return Tile(best.name, best.text(best.value), ", ".join(notes))
+
+
+def _by_set(rows: list[Row]) -> dict[str, list[Row]]:
+  sets = {}
+  for row in rows:
+    sets.setdefault(row.set, []).append(row)
+  return sets
+
+
+def _results_at(run: Run) -> str:
+  steps = sorted({max(points) for points in run.evaluations.values() if points})
+  if len(steps) > 1:
+    return f"Each number is the last one logged; they are from steps {steps[0]:,} to {steps[-1]:,}."
+  return f"Evaluated at step {steps[0]:,}." if steps else ""
+
+
+def _charts(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+  """Charts of training and of evaluation, over one axis of samples seen."""
+  curves = {key: curve for key in TRAINING_CHARTS if (curve := run.curve(key))}
+  rows = headline_rows(results_table(run.results()))
+  evaluated = {row.key: run.curve(row.key) for row in rows}
+  domain = plots.samples_domain([*curves.values(), *evaluated.values()])
+  levels = {"loss": _loss_of_chance(config)}
+  # Far below the cap its line would only press the curve flat.
+  if "logit_scale" in curves and np.any(curves["logit_scale"].values > 0.6 * LOGIT_SCALE_CAP):
+    levels["logit_scale"] = plots.Reference("cap", LOGIT_SCALE_CAP)
+  training = []
+  for key, curve in curves.items():
+    title, smoothed, options = TRAINING_CHARTS[key]
+    line = plots.Line("", curve, smoothed=smoothed)
+    references = [levels[key]] if levels.get(key) else []
+    training.append(plots.chart(title, [line], domain, references=references, **options))
+  return {
+    "training": training,
+    "not_logged": [title.lower() for key, (title, *_) in TRAINING_CHARTS.items() if key not in curves],
+    "accuracy": [
+      _accuracy_chart(set_, members, evaluated, domain) for set_, members in _by_set(rows).items()
+    ],
+  }
+
+
+def _accuracy_chart(set_, rows: list[Row], curves, domain) -> plots.Chart:
+  others = iter(f"c{3 + i % 3}" for i in range(len(rows)))
+  fixed = dict(zip(_DIRECTIONS, ("c1", "c2"), strict=True))
+  lines, levels = [], {}
+  for row in rows:
+    colour = next((c for d, c in fixed.items() if row.metric.startswith(d)), None) or next(others)
+    lines.append(plots.Line(row.label, curves[row.key], colour))
+    if row.chance is not None:
+      levels.setdefault(row.chance, []).append(row.label)
+  references = [
+    plots.Reference("chance" if len(levels) == 1 else f"chance, {', '.join(labels)}", level)
+    for level, labels in levels.items()
+  ]
+  references += [
+    plots.Reference(f"nearest pixels {row.label.split()[-1]}", row.yardstick, "yardstick")
+    for row in rows
+    if row.yardstick is not None
+  ]
+  return plots.chart(
+    set_, lines, domain, form=plots.percent, references=references, from_zero=True
+  )
+
+
+def _image(uri: Any) -> str | None:
+  """The data URI of a raster picture, or None: nothing else may end up in a src."""
+  return uri if isinstance(uri, str) and _IMAGE.fullmatch(uri) else None
+
+
+def _examples(path: Path, examples: Mapping[str, Any]) -> dict[str, Any]:
+  try:
+    retrieval = examples.get("retrieval") or []
+    gallery = {}
+    for query in retrieval[:GALLERY_LIMIT]:
+      gallery.setdefault(str(query["set"]), []).append(_query(query))
+    similarity = _heat_map(examples["similarity"]) if examples.get("similarity") else None
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
+    raise ValueError(f"{path} does not have the expected shape: {error!r}.") from None
+  return {
+    "gallery": gallery,
+    "gallery_left_out": max(0, len(retrieval) - GALLERY_LIMIT),
+    "similarity": similarity,
+  }
+
+
+def _query(query: Mapping[str, Any]) -> dict[str, Any]:
+  scores = [_number(answer, "score") for answer in query["top"]]
+  right = [rank for rank, answer in enumerate(query["top"], 1) if answer["correct"]]
+  return {
+    "image": _image(query["image"]),
+    "caption": str(query["caption"]),
+    "rank": right[0] if right else None,
+    "answers": [
+      {"caption": str(a["caption"]), "score": _cosine(s), "correct": bool(a["correct"])}
+      for a, s in zip(query["top"], scores, strict=True)
+    ],
+  }
+
+
+def _cosine(value: float) -> str:
+  return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def _heat_map(similarity: Mapping[str, Any]) -> dict[str, Any]:
+  """Cells by caption (down) and image (across), shaded from the lowest to the highest cosine."""
+  images, captions = similarity["images"], similarity["captions"]
+  # None (a NaN of a stricter writer) becomes NaN here.
+  matrix = np.array(similarity["matrix"], dtype=np.float64)
+  if matrix.shape != (len(images), len(captions)) or not matrix.size:
+    raise ValueError(
+      f"similarity.matrix is {matrix.shape}, for {len(images)} images and {len(captions)} captions"
+    )
+  finite = np.where(np.isfinite(matrix), matrix, np.nan)
+  low, high = (float(f(finite)) for f in (np.nanmin, np.nanmax)) if np.isfinite(matrix).any() else (0.0, 0.0)
+  shades = np.nan_to_num((finite - low) / (high - low or 1.0)) * 100
+  best = np.where(np.isfinite(matrix), matrix, -np.inf).argmax(axis=1)
+  paired = len(images) == len(captions)
+  return {
+    "set": str(similarity["set"]),
+    "images": [_image(uri) for uri in images],
+    "low": _cosine(low),
+    "high": _cosine(high),
+    "right": int((best == np.arange(len(images))).sum()) if paired else None,
+    "rows": [
+      {
+        "caption": str(caption),
+        "cells": [
+          {
+            "shade": round(float(shades[i, j])),
+            "text": _cosine(matrix[i, j]),
+            "best": best[i] == j,
+            "own": paired and i == j,
+          }
+          for i in range(len(images))
+        ],
+      }
+      for j, caption in enumerate(captions)
+    ],
+  }
+
+
+def _flat_sections(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+  """config.json as section -> dotted key -> text; settings outside of any section come first."""
+  loose = {key: _value_text(v) for key, v in config.items() if not isinstance(v, dict)}
+  sections = {"general": loose} if loose else {}
+
+  def flatten(values, prefix=""):
+    for key, value in values.items():
+      if isinstance(value, dict) and value:
+        yield from flatten(value, f"{prefix}{key}.")
+      else:
+        yield prefix + key, _value_text(value)
+
+  sections.update({k: dict(flatten(v)) for k, v in config.items() if isinstance(v, dict)})
+  return sections
+
+
+def _value_text(value: Any) -> str:
+  if isinstance(value, str):
+    return value
+  return "None" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,79 @@
+"""The training state, born sharded."""
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from clip_jax.models.clip import CLIP
+from clip_jax.parallel import rules
+from clip_jax.train import optimizer as optimizers
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes.
+
+  Attributes:
+    step: int32 scalar, updates done.
+    params: float32 parameters of `clip_jax.models.clip.CLIP`.
+    opt_state: of the optax chain in `clip_jax.train.optimizer`.
+  """
+
+  step: jax.Array
+  params: dict
+  opt_state: tuple
+
+
+def describe(config, mesh):
+  """Shapes and shardings of the state, without making it.
+
+  Args:
+    config: a resolved `Config`.
+    mesh: the device mesh.
+
+  Returns:
+    A `TrainState` of `jax.ShapeDtypeStruct`s that carry their shardings, and the function of no arguments
+    that makes the state.
+  """
+  optimizer, _ = optimizers.create(config)
+  module = CLIP(config.model)
+
+  def init():
+    size, context = config.model.image_size, config.model.text.context_length
+    images = jnp.zeros((1, size, size, 3), jnp.uint8)
+    tokens = jnp.zeros((1, context), jnp.int32)
+    # Keys depend on the seed alone and are partitionable: any mesh gives the same parameters.
+    return module.init(jax.random.key(config.train.seed), images, tokens)["params"]
+
+  def create():
+    params = nn.unbox(init())
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  shapes = jax.eval_shape(create)
+  params = rules.shardings_of(jax.eval_shape(init), mesh)
+  # Moments are laid out like the parameters they belong to.
+  opt_state = optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    shapes.opt_state,
+    params,
+    transform_non_params=lambda _: rules.replicated(mesh),
+  )
+  shardings = TrainState(rules.replicated(mesh), params, opt_state)
+  described = jax.tree.map(
+    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+  )
+  return described, create
+
+
+def create(config, mesh):
+  """A new state; each device makes only the shards it holds."""
+  described, make = describe(config, mesh)
+  return jax.jit(make, out_shardings=shardings_of(described))()
+
+
+def shardings_of(described):
+  """The shardings that `describe` put on the shapes."""
+  return jax.tree.map(lambda shape: shape.sharding, described)

