@@ -23,7 +23,6 @@ CORE = [
   "optax>=0.2.6",
   "orbax-checkpoint>=0.12",
   "pillow>=11.0",
-  "plotly>=6.0",
   "rich>=14.0",
   "tensorboardX>=2.6",
   "tensorflow-datasets>=4.9.9",

@@ -123,6 +123,7 @@ class Retrieval:
 
   path: str = ""
   source: str = "tar"
+  first_caption: bool = False  # of each record's captions only the first is a candidate
   nearest_training_image: bool = False  # also report a yardstick that needs no training, at the end
   gallery: int = 0  # pictures of retrievals in the report
 

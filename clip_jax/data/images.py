@@ -95,13 +95,12 @@ def augment(image, size, random, *, crop_scale, color_jitter=0.0, flip=0.0, rota
   """
   height, width = image.shape[:2]
   left, top, right, bottom = _crop_box(width, height, random, crop_scale)
-  pil = Image.fromarray(image)
   if rotation:
-    pil = pil.rotate(
-      random.uniform(-rotation, rotation), Image.Resampling.BILINEAR, fillcolor=(255, 255, 255)
-    )
-  pil = pil.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-  result = np.asarray(pil)
+    turn = cv2.getRotationMatrix2D((width / 2, height / 2), random.uniform(-rotation, rotation), 1)
+    image = cv2.warpAffine(image, turn, (width, height), borderValue=(255, 255, 255))
+  box = (left, top, right, bottom)
+  result = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+  result = np.asarray(result)
   if flip and random.random() < flip:
     result = result[:, ::-1]
   if color_jitter:
@@ -125,9 +124,9 @@ def _crop_box(width, height, random, crop_scale):
 
 def _jitter(image, random, strength):
   brightness, contrast, saturation = 1 + random.uniform(-strength, strength, 3)
-  pixels = image.astype(np.float32)
-  grey = pixels @ np.float32([0.299, 0.587, 0.114])
-  mean = grey.mean()
-  pixels = grey[..., None] + saturation * (pixels - grey[..., None])
-  pixels = brightness * (mean + contrast * (pixels - mean))
-  return np.clip(pixels, 0, 255).astype(np.uint8)
+  grey = np.float64([0.299, 0.587, 0.114])  # ITU-R BT.601
+  mean = grey @ cv2.mean(image)[:3]
+  # Each of the three is linear in the pixel, and so are all of them together.
+  matrix = saturation * np.eye(3) + (1 - saturation) * grey
+  offset = np.full((3, 1), brightness * (1 - contrast) * mean)
+  return cv2.transform(image, np.hstack([brightness * contrast * matrix, offset]))

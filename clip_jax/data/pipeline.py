@@ -62,32 +62,23 @@ def train_batches(source, config, *, rows, start, bad_records=None):
   return _joined(loaded, chunks)
 
 
-def evaluation_examples(source, model, *, threads=0):
-  """Every record of a held-out set once, in order, with the evaluation transform.
+def evaluation_pixels(record, size):
+  """The image of a held-out record with the evaluation transform.
 
   Args:
-    source: a `Source`.
-    model: a resolved `clip_jax.config.Model`.
-    threads: threads that load; 0 for as many as there are cores.
+    record: a `Record`.
+    size: pixels.
 
-  Yields:
-    (uint8 [size, size, 3], list of captions, label or None) for each record.
+  Returns:
+    uint8 [size, size, 3].
 
   Raises:
-    DataError: a record cannot be read. A score over some other set would not be comparable.
+    DataError: it cannot be decoded. A score over some other set would not be comparable.
   """
-
-  def load(index):
-    record = source[index]
-    try:
-      pixels = images.resize_and_crop(images.decode(record.image), model.image_size)
-    except images.DecodeError as error:
-      raise DataError(f"{record.key}: {error}; a held-out set must be whole.") from error
-    return pixels, record.captions, record.label
-
-  dataset = grain.MapDataset.range(len(source)).map(load)
-  options = grain.ReadOptions(num_threads=threads or os.cpu_count(), prefetch_buffer_size=256)
-  yield from dataset.to_iter_dataset(options)
+  try:
+    return images.resize_and_crop(images.decode(record.image), size)
+  except images.DecodeError as error:
+    raise DataError(f"{record.key}: {error}; a held-out set must be whole.") from error
 
 
 class BadRecords:

@@ -2,8 +2,8 @@
 
     page.write("runs/quickstart")        # -> runs/quickstart/report.html
 
-`read_run` takes the log in, `results_table` turns evaluation keys into rows (a terminal printer uses
-it as well), the rest arranges what templates/report.html shows.
+run_log.py takes the log in, results.py turns evaluation keys into rows (a terminal printer uses them
+as well), plots.py lays out charts; here all is arranged for templates/report.html.
 """
 
 import base64
@@ -13,9 +13,8 @@ import json
 import math
 import os
 import re
-from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ import numpy as np
 from markupsafe import Markup
 
 from clip_jax.report import plots
+from clip_jax.report.results import DIRECTIONS, Row, family, headline_rows, results_table
+from clip_jax.report.run_log import Run, number, open_required, read_run
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Training metric -> (title, running median or not, options of its chart), in the order of the page.
@@ -37,263 +38,9 @@ TRAINING_CHARTS = {
   "data_wait": ("Time waiting on data", True, {"from_zero": True, "form": plots.percent}),
 }
 LOGIT_SCALE_CAP = 100.0  # Radford et al. 2021, section 2.5
-# Numbers to be had without any training, logged beside the model's; they go in a column of their own.
-YARDSTICK = "nearest_pixels_"
 GALLERY_LIMIT = 60  # queries shown; beyond that the page gets heavy and nobody scrolls
 
 _IMAGE = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]+")
-_SHARE = re.compile(r"(^|_)(R@\d+|acc\d*|accuracy|recall|precision|mAP|AUC)(_|$)")
-_DIRECTIONS = {"image_to_text_": "image → text ", "text_to_image_": "text → image "}
-
-
-@dataclass(frozen=True)
-class Row:
-  """One held-out result.
-
-  Attributes:
-    name: for people, set and metric ("emoji_unseen image → text R@5").
-    value: as logged, usually a share of 0 to 1.
-    chance: what guessing reaches, or None.
-    yardstick: what the nearest training drawing by pixels reaches, or None.
-    set: the evaluation set.
-    metric: as in the key ("image_to_text_R@5").
-  """
-
-  name: str
-  value: float
-  chance: float | None = None
-  yardstick: float | None = None
-  set: str = ""
-  metric: str = ""
-
-  @property
-  def label(self) -> str:
-    """The metric for people, without the set."""
-    return _metric_label(self.metric)
-
-  @property
-  def key(self) -> str:
-    return "/".join(filter(None, ("eval", self.set, self.metric)))
-
-  @property
-  def is_share(self) -> bool:
-    """Whether the numbers are shares, to be written as percent, rather than ranks or losses."""
-    return bool(_SHARE.search(self.metric)) and not self.value > 1
-
-  def text(self, number: float | None) -> str:
-    """A number of this row as it should be read: percent, or four digits, or a dash for None."""
-    if number is None:
-      return "–"
-    return plots.percent(number) if self.is_share else plots.number(number)
-
-
-def results_table(metrics: Mapping[str, float]) -> list[Row]:
-  """Turns flat evaluation keys into rows.
-
-  Args:
-    metrics: `eval/SET/METRIC` -> number, with `eval/SET/METRIC/chance` and
-      `eval/SET/nearest_pixels_...` beside it or not; other keys are ignored.
-
-  Returns:
-    Rows by set in order of appearance; within a set image to text, then text to image, then the
-    others; K ascending. A yardstick stands in the row of the image-to-text metric it belongs to,
-    or in a row of its own where there is none.
-  """
-  values, chances, yardsticks = {}, {}, {}
-  for key, value in metrics.items():
-    if not key.startswith("eval/"):
-      continue
-    name = key.removeprefix("eval/")
-    target = chances if name.endswith("/chance") else values
-    set_, _, metric = name.removesuffix("/chance").rpartition("/")
-    target[set_, metric] = value
-  for set_, metric in list(values):
-    if not metric.startswith(YARDSTICK):
-      continue
-    rest = metric.removeprefix(YARDSTICK)
-    owner = next((m for m in (f"image_to_text_{rest}", rest) if (set_, m) in values), None)
-    if owner:
-      yardsticks[set_, owner] = values.pop((set_, metric))
-
-  sets = {set_: i for i, (set_, _) in reversed(list(enumerate(values)))}
-  families = {_family(metric): i for i, (_, metric) in reversed(list(enumerate(values)))}
-
-  def order(key):
-    direction = [*(key[1].startswith(d) for d in _DIRECTIONS), True].index(True)
-    return sets[key[0]], direction, families[_family(key[1])], _at_k(key[1])
-
-  return [
-    Row(
-      name=f"{set_} {_metric_label(metric)}".strip(),
-      value=values[set_, metric],
-      chance=chances.get((set_, metric)),
-      yardstick=yardsticks.get((set_, metric)),
-      set=set_,
-      metric=metric,
-    )
-    for set_, metric in sorted(values, key=order)
-  ]
-
-
-def _metric_label(metric: str) -> str:
-  for prefix, words in _DIRECTIONS.items():
-    if metric.startswith(prefix):
-      return words + metric.removeprefix(prefix).replace("_", " ")
-  return metric.replace("_", " ")
-
-
-def _family(metric: str) -> str:
-  return re.sub(r"\d+$", "", metric)
-
-
-def _at_k(metric: str) -> int:
-  digits = re.search(r"\d+$", metric)
-  return int(digits.group()) if digits else 0
-
-
-def headline_rows(rows: list[Row]) -> list[Row]:
-  """Of each set and direction the one share to look at: R@5, or the K nearest to it; acc1."""
-  chosen = {}
-  for row in rows:
-    if not row.is_share:
-      continue
-    best_k = 5 if "R@" in row.metric else 1
-    family = row.set, _family(row.metric)
-    if family not in chosen or abs(_at_k(row.metric) - best_k) < abs(
-      _at_k(chosen[family].metric) - best_k
-    ):
-      chosen[family] = row
-  return list(chosen.values())
-
-
-@dataclass
-class Run:
-  """What metrics.jsonl says.
-
-  Arrays and not lists of dicts: a million lines of seven metrics stay near 100 MB.
-
-  Attributes:
-    steps, samples: of each training line.
-    training: metric -> (training line it stands in, value).
-    evaluations: key -> step -> (samples seen, value), in the order in which keys appeared.
-    rewinds: how often the log went back to an earlier step, as a resumed session does.
-    times: unix seconds of the first and of the last line.
-  """
-
-  steps: array = field(default_factory=lambda: array("q"))
-  samples: array = field(default_factory=lambda: array("d"))
-  training: dict[str, tuple[array, array]] = field(default_factory=dict)
-  evaluations: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
-  rewinds: int = 0
-  times: tuple[float, float] | None = None
-  last: tuple[int, float] = (0, 0.0)
-
-  def add(self, record: Mapping[str, Any]) -> None:
-    """Takes one line in.
-
-    Raises:
-      ValueError: `step`, `samples_seen` or `time` is missing, or a metric is not a number.
-    """
-    step, samples, time = (_number(record, key) for key in ("step", "samples_seen", "time"))
-    if not (math.isfinite(step) and math.isfinite(samples)):
-      raise ValueError("step and samples_seen must be finite")
-    step = int(step)
-    training = [key for key in TRAINING_CHARTS if key in record]
-    if training and self.steps and step < self.steps[-1]:
-      self._rewind(step)
-    if training and not (self.steps and step == self.steps[-1]):
-      self.steps.append(step)
-      self.samples.append(samples)
-    for key in training:
-      rows, values = self.training.setdefault(key, (array("I"), array("d")))
-      if rows and rows[-1] == len(self.steps) - 1:  # a second line for the same step
-        values[-1] = _number(record, key)
-      else:
-        rows.append(len(self.steps) - 1)
-        values.append(_number(record, key))
-    for key in record:
-      if key.startswith("eval/"):
-        self.evaluations.setdefault(key, {})[step] = samples, _number(record, key)
-    self.times = (self.times[0] if self.times else time, time)
-    self.last = max(self.last, (step, samples))
-
-  def _rewind(self, step: int) -> None:
-    """Forgets what a resumed session is about to write anew.
-
-    Evaluations at `step` itself stay: the new session may have written them just before this line.
-    """
-    self.rewinds += 1
-    self.last = (0, 0.0)
-    while self.steps and self.steps[-1] >= step:
-      self.steps.pop()
-      self.samples.pop()
-    for rows, values in self.training.values():
-      while rows and rows[-1] >= len(self.steps):
-        rows.pop()
-        values.pop()
-    for points in self.evaluations.values():
-      for stale in [s for s in points if s > step]:
-        del points[stale]
-
-  def curve(self, key: str) -> plots.Curve | None:
-    """A training metric or an evaluation key; None if it was never logged."""
-    if key in self.training:
-      columns = (*self.training[key], self.steps, self.samples)
-      rows, values, steps, samples = (np.asarray(column) for column in columns)  # no copies
-      if len(rows) < len(steps):
-        steps, samples = steps[rows], samples[rows]
-      return plots.Curve(steps, samples, values) if len(rows) else None
-    points = sorted(self.evaluations.get(key, {}).items())
-    if not points:
-      return None
-    steps, pairs = zip(*points, strict=True)
-    samples, values = np.array(pairs, dtype=np.float64).T
-    return plots.Curve(np.array(steps), samples, values)
-
-  def results(self) -> dict[str, float]:
-    """The last value of each evaluation key."""
-    return {k: points[max(points)][1] for k, points in self.evaluations.items() if points}
-
-
-def _number(record: Mapping[str, Any], key: str) -> float:
-  """NaN may be written as NaN or null. Raises ValueError naming the key."""
-  if key not in record:
-    raise ValueError(f"{key} is missing")
-  try:
-    return math.nan if record[key] is None else float(record[key])
-  except (TypeError, ValueError, OverflowError):
-    raise ValueError(f"{key} is {record[key]!r}, not a number") from None
-
-
-def read_run(path: Path) -> Run:
-  """Reads metrics.jsonl line by line.
-
-  A last line that was cut off (a killed process) is left out.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: a line is not what it should be (the message names it), or there is none at all.
-  """
-  run = Run()
-  with _open(path) as file:
-    for number, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-          raise ValueError("not a JSON object")
-      except ValueError as error:
-        if not line.endswith(b"\n"):  # only the last line can lack it
-          break
-        raise ValueError(f"{path}, line {number}: {error}.") from None
-      try:
-        run.add(record)
-      except ValueError as error:
-        raise ValueError(f"{path}, line {number}: {error}.") from None
-  if not run.times:
-    raise ValueError(f"{path} holds no complete line: nothing has been logged yet.")
-  return run
 
 
 def write(workdir: str | Path) -> Path:
@@ -338,19 +85,10 @@ def write(workdir: str | Path) -> Path:
   return target
 
 
-def _open(path: Path):
-  try:
-    return path.open("rb")
-  except FileNotFoundError:
-    raise FileNotFoundError(
-      f"{path} is missing; a report is made from the work directory of a training run."
-    ) from None
-
-
 def _read_object(path: Path, required: bool = True) -> dict[str, Any]:
   if not required and not path.exists():
     return {}
-  with _open(path) as file:
+  with open_required(path) as file:
     try:
       content = json.load(file)
     except ValueError as error:
@@ -378,7 +116,7 @@ def _template() -> jinja2.Template:
   )
   environment.filters.update(
     join_bar=lambda texts: "|".join(map(str, texts)),
-    family=_family,
+    family=family,
     bar=lambda share: round(100 * min(max(share, 0), 1), 1) if math.isfinite(share) else 0,
   )
   return environment.get_template("report.html")
@@ -436,7 +174,9 @@ def headline(run: Run, config: Mapping[str, Any]) -> list[Tile]:
   if known.any():
     median = float(np.median(rate.values[known]))
     waiting = wait.values[np.isfinite(wait.values)] if wait else np.zeros(0)
-    note = f"{plots.percent(float(waiting.mean()))} of the time waiting on data" if len(waiting) else ""
+    note = (
+      f"{plots.percent(float(waiting.mean()))} of the time waiting on data" if len(waiting) else ""
+    )
     tiles.append(Tile("samples per second, median", plots.number(median), note))
     # From throughput and not from the clock, which runs on while a job waits to be resumed.
     start = 0.0 if rate.samples[0] < 0.5 * rate.samples[-1] else rate.samples[0]
@@ -460,7 +200,9 @@ def _loss_tile(loss: plots.Curve, config: Mapping[str, Any]) -> Tile:
     )
   note = "never finite"
   if len(finite):
-    note = f"last finite: {plots.number(loss.values[finite[-1]])} at step {loss.steps[finite[-1]]:,}"
+    note = (
+      f"last finite: {plots.number(loss.values[finite[-1]])} at step {loss.steps[finite[-1]]:,}"
+    )
   return Tile("loss, last logged", "not finite", note, alarm=True)
 
 
@@ -482,7 +224,9 @@ def _result_tile(rows: list[Row]) -> Tile | None:
   rows = [row for row in rows if math.isfinite(row.value)]
   if not rows:
     return None
-  best = max(rows, key=lambda row: (row.value - (row.chance or 0)) / max(1 - (row.chance or 0), 1e-9))
+  best = max(
+    rows, key=lambda row: (row.value - (row.chance or 0)) / max(1 - (row.chance or 0), 1e-9)
+  )
   notes = [f"chance {best.text(best.chance)}"] if best.chance is not None else []
   notes += [f"nearest pixels {best.text(best.yardstick)}"] if best.yardstick is not None else []
   return Tile(best.name, best.text(best.value), ", ".join(notes))
@@ -520,7 +264,9 @@ def _charts(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     training.append(plots.chart(title, [line], domain, references=references, **options))
   return {
     "training": training,
-    "not_logged": [title.lower() for key, (title, *_) in TRAINING_CHARTS.items() if key not in curves],
+    "not_logged": [
+      title.lower() for key, (title, *_) in TRAINING_CHARTS.items() if key not in curves
+    ],
     "accuracy": [
       _accuracy_chart(set_, members, evaluated, domain) for set_, members in _by_set(rows).items()
     ],
@@ -529,7 +275,7 @@ def _charts(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _accuracy_chart(set_, rows: list[Row], curves, domain) -> plots.Chart:
   others = iter(f"c{3 + i % 3}" for i in range(len(rows)))
-  fixed = dict(zip(_DIRECTIONS, ("c1", "c2"), strict=True))
+  fixed = dict(zip(DIRECTIONS, ("c1", "c2"), strict=True))
   lines, levels = [], {}
   for row in rows:
     colour = next((c for d, c in fixed.items() if row.metric.startswith(d)), None) or next(others)
@@ -546,7 +292,7 @@ def _accuracy_chart(set_, rows: list[Row], curves, domain) -> plots.Chart:
     if row.yardstick is not None
   ]
   return plots.chart(
-    set_, lines, domain, form=plots.percent, references=references, from_zero=True
+    set_ or "evaluation", lines, domain, form=plots.percent, references=references, from_zero=True
   )
 
 
@@ -572,12 +318,10 @@ def _examples(path: Path, examples: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _query(query: Mapping[str, Any]) -> dict[str, Any]:
-  scores = [_number(answer, "score") for answer in query["top"]]
-  right = [rank for rank, answer in enumerate(query["top"], 1) if answer["correct"]]
+  scores = [number(answer, "score") for answer in query["top"]]
   return {
     "image": _image(query["image"]),
     "caption": str(query["caption"]),
-    "rank": right[0] if right else None,
     "answers": [
       {"caption": str(a["caption"]), "score": _cosine(s), "correct": bool(a["correct"])}
       for a, s in zip(query["top"], scores, strict=True)
@@ -599,7 +343,9 @@ def _heat_map(similarity: Mapping[str, Any]) -> dict[str, Any]:
       f"similarity.matrix is {matrix.shape}, for {len(images)} images and {len(captions)} captions"
     )
   finite = np.where(np.isfinite(matrix), matrix, np.nan)
-  low, high = (float(f(finite)) for f in (np.nanmin, np.nanmax)) if np.isfinite(matrix).any() else (0.0, 0.0)
+  low, high = (
+    (float(f(finite)) for f in (np.nanmin, np.nanmax)) if np.isfinite(matrix).any() else (0.0, 0.0)
+  )
   shades = np.nan_to_num((finite - low) / (high - low or 1.0)) * 100
   best = np.where(np.isfinite(matrix), matrix, -np.inf).argmax(axis=1)
   paired = len(images) == len(captions)

@@ -74,13 +74,6 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Level:
-  css: str
-  label: str
-  position: float
-
-
-@dataclass(frozen=True)
 class Chart:
   """All that templates/chart.html needs. `hover_*` have one entry for each hover position."""
 
@@ -89,7 +82,6 @@ class Chart:
   x_ticks: list[Tick]
   y_ticks: list[Tick]
   paths: list[Path]
-  levels: list[Level]
   legend: list[Entry]
   hover_x: list[int]
   hover_steps: list[str]
@@ -131,11 +123,16 @@ def compact(value: float, digits: int = 4) -> str:
   return f"{value:.{digits}g}"
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-  """About `count` round numbers from `low` to `high`, both ends included where they are round."""
+def tick_step(low: float, high: float, count: int = 5) -> float:
+  """1, 2 or 5 times a power of ten, so that at most `count` of them fit between low and high."""
   rough = (high - low) / count
   magnitude = 10.0 ** math.floor(math.log10(rough))
-  step = magnitude * next(m for m in (1, 2, 5, 10) if m * magnitude >= rough * (1 - 1e-9))
+  return magnitude * next(m for m in (1, 2, 5, 10) if m * magnitude >= rough * (1 - 1e-9))
+
+
+def ticks(low: float, high: float) -> list[float]:
+  """The multiples of `tick_step` from low to high: two to six of them."""
+  step = tick_step(low, high)
   first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
   return [i * step for i in range(first, last + 1)]
 
@@ -181,7 +178,7 @@ def smooth(curve: Curve, share: float = 0.05) -> tuple[np.ndarray, np.ndarray, i
   """
   n = len(curve.values)
   middles = np.unique(np.linspace(0, n - 1, min(n, BINS)).round().astype(int))
-  half = max(1, round(n * share / 2))
+  half = max(2, round(n * share / 2))
   medians = np.full(len(middles), np.nan)
   for i, middle in enumerate(middles):
     left = min(half, middle)
@@ -218,26 +215,23 @@ def chart(
 
   Args:
     title: heading of the chart.
-    lines: the curves; a chart of zero lines is not meant to be.
+    lines: the curves, at least one.
     domain: (lowest, highest) samples seen, from `samples_domain`.
     form: writes a value of the vertical axis.
     references: levels drawn over the whole width; the axis is stretched to show them.
     from_zero: start the vertical axis at zero.
     may_be_log: use a logarithmic axis where spikes would press a linear one flat.
-
-  Raises:
-    ValueError: `lines` is empty.
   """
-  if not lines:
-    raise ValueError(f"The chart {title!r} has no lines.")
   axis = _vertical_axis(lines, references, from_zero, may_be_log, form)
 
   def x(samples):
     return (np.asarray(samples) - domain[0]) / (domain[1] - domain[0]) * WIDTH
 
-  paths, legend = [], []
+  paths, legend = [_level(r, axis) for r in references], []
   rows = [thin(line.curve.values) for line in lines]
-  hover = np.unique(np.concatenate([line.curve.samples[r] for line, r in zip(lines, rows, strict=True)]))
+  hover = np.unique(
+    np.concatenate([line.curve.samples[r] for line, r in zip(lines, rows, strict=True)])
+  )
   for line, kept in zip(lines, rows, strict=True):
     line_paths, entries = _draw(line, kept, x, axis, hover, form)
     paths += line_paths
@@ -247,10 +241,9 @@ def chart(
   return Chart(
     title=title + (" (log scale)" if axis.log else ""),
     summary=f"{title} against samples seen, from {form(first[0])} to {form(first[-1])}",
-    x_ticks=[Tick(x(t) / WIDTH * 100, compact(t)) for t in ticks(*domain)],
+    x_ticks=[Tick(x(t) / WIDTH * 100, _count_label(t, tick_step(*domain))) for t in ticks(*domain)],
     y_ticks=axis.ticks,
     paths=paths,
-    levels=[Level(r.style, r.label, 100 * float(axis.fraction(r.value))) for r in references],
     legend=legend,
     hover_x=[round(v) for v in x(hover)],
     hover_steps=[f"{s:,}" for s in _steps_at(hover, lines, rows)],
@@ -269,8 +262,10 @@ class _Axis:
     """0 at the bottom, 1 at the top; NaN where there is nothing to draw."""
     values = np.where(np.isfinite(values), values, np.nan)
     if self.log:
-      return np.log(values / self.low) / math.log(self.high / self.low)
-    return (values - self.low) / (self.high - self.low)
+      share = np.log(values / self.low) / math.log(self.high / self.low)
+    else:
+      share = (values - self.low) / (self.high - self.low)
+    return np.clip(share, 0, 1)
 
 
 def _vertical_axis(lines, references, from_zero, may_be_log, form) -> _Axis:
@@ -281,35 +276,48 @@ def _vertical_axis(lines, references, from_zero, may_be_log, form) -> _Axis:
   if not len(levels):
     return _Axis(0.0, 1.0, False, [])
   low, high = float(levels.min()), float(levels.max())
-  if may_be_log and len(values) and low > 0 and high > 20 * np.median(values):
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    stride = max(1, -(-(last - first) // 6))
-    decades = [10.0**e for e in range(first, last + 1, stride)]
-    axis = _Axis(10.0**first, 10.0**last, True, [])
-    marks = [Tick(100 * float(axis.fraction(d)), form(d)) for d in decades]
-    return _Axis(axis.low, axis.high, True, marks)
+  # The 95th percentile and not the median: a loss that starts high and then falls is no spike.
+  if may_be_log and low > 0 and len(values) and values.max() > 5 * np.quantile(values, 0.95):
+    return _log_axis(low, high)
   if from_zero:
     low = min(low, 0.0)
   if high - low <= 1e-6 * max(abs(low), abs(high)):
     low, high = (low - 0.1 * abs(low), high + 0.1 * abs(high)) if low else (0.0, 1.0)
   # Round both ends outwards, so that every tick has its line and nothing leaves the frame.
-  step = np.diff(ticks(low, high)[:2])
-  step = float(step[0]) if len(step) else (high - low)
+  step = tick_step(low, high)
   low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-  marks = [Tick(100 * (t - low) / (high - low), _tick_label(t, step, form)) for t in ticks(low, high)]
+  marks = [
+    Tick(100 * (t - low) / (high - low), _tick_label(t, step, max(-low, high), form))
+    for t in np.arange(round((high - low) / step) + 1) * step + low
+  ]
   return _Axis(low, high, False, marks)
 
 
-def _tick_label(value: float, step: float, form: Callable[[float], str]) -> str:
-  """Ticks of one axis show the same decimals, and no more than the step needs."""
-  value = 0.0 if abs(value) < step / 1e6 else value
+def _log_axis(low: float, high: float) -> _Axis:
+  first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+  stride = max(1, math.ceil((last - first) / 6))
+  marks = [
+    Tick(100 * (e - first) / (last - first), number(10.0**e) if -3 < e < 4 else f"1e{e}")
+    for e in range(first, last + 1, stride)
+  ]
+  return _Axis(10.0**first, 10.0**last, True, marks)
+
+
+def _tick_label(value, step, largest, form) -> str:
+  """Ticks of one axis are written alike, with no more decimals than the step needs."""
+  if abs(value) < step / 1e6:
+    return "0%" if form is percent else "0"
   if form is percent:
     return f"{100 * value:.{_decimals(100 * step)}f}%"
-  if abs(value) >= 10_000:
-    return compact(value)
-  if form is number and 1e-3 <= step < 10_000:
-    return f"{value:,.{_decimals(step)}f}"
-  return _scientific(value) if value else "0"
+  if largest >= 1e15 or step < 1e-3:
+    return _scientific(value)
+  return _count_label(value, step) if largest >= 10_000 else f"{value:,.{_decimals(step)}f}"
+
+
+def _count_label(value: float, step: float) -> str:
+  """A large number with as many digits as tell it from its neighbours."""
+  digits = math.floor(math.log10(abs(value) or 1)) - math.floor(math.log10(step) + 1e-9) + 1
+  return compact(value, max(3, digits))
 
 
 def _decimals(step: float) -> int:
@@ -347,6 +355,11 @@ def _draw(line, rows, x, axis, hover, form) -> tuple[list[Path], list[Entry]]:
     step = curve.steps[np.argmax(lost)]
     entries.append(Entry("swatch lost", f"not finite, first at step {step:,}", f"{lost.sum():,}×"))
   return paths, entries
+
+
+def _level(reference, axis) -> Path:
+  y = (1 - axis.fraction(reference.value)) * HEIGHT
+  return Path(f"level {reference.style}", f"M0 {y:.0f}H{WIDTH}")
 
 
 def _points(x, fraction) -> list[tuple[int, int] | None]:

@@ -23,6 +23,7 @@ from clip_jax.data.sources.protocol import Record
 from clip_jax.errors import DataError
 
 INDEX_VERSION = 1
+INDEX_SUFFIX = ".index.npz"
 BLOCK = tarfile.BLOCKSIZE
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")  # the first that a record has is read
@@ -70,7 +71,11 @@ class TarSource:
   def __getitem__(self, index):
     path, row = self._locate(index)
     # Opened for each record: a descriptor kept for each of 10,000 shards would be over the usual limit.
-    with open(path, "rb", buffering=0) as file:
+    try:
+      file = open(path, "rb", buffering=0)
+    except FileNotFoundError:
+      raise DataError(f"{path} is no longer there; it has been removed since it was indexed.") from None
+    with file:
       image, name = _read_member(file, row["image"], row["image_size"])
       caption, _ = _read_member(file, row["caption"], row["caption_size"])
       label = _read_member(file, row["label"], row["label_size"])[0] if row["label_size"] else None
@@ -84,6 +89,8 @@ class TarSource:
     return f"{Path(path).name} at byte {int(row['image']):,}"
 
   def _locate(self, index):
+    if not 0 <= index < len(self):
+      raise IndexError(f"record {index:,} of {len(self):,}")
     shard = int(np.searchsorted(self._ends, index, side="right"))
     return self.paths[shard], self._tables[shard][index - (self._ends[shard - 1] if shard else 0)]
 
@@ -101,7 +108,8 @@ def expand(pattern):
     matches = glob.glob(part)
     if not matches:
       raise DataError(f"{part}: no such file. The pattern must match tar shards, such as 'DIR/*.tar'.")
-    found.update(matches)
+    # With 'DIR/*' an index written beside its shard would be taken for a shard the next time.
+    found.update(path for path in matches if not path.endswith(INDEX_SUFFIX))
   return sorted(found)
 
 
@@ -122,10 +130,12 @@ def index_shards(paths, *, allow_truncated=False, rebuild=False, log=None):
   for number, path in enumerate(paths, 1):
     table = None if rebuild else _load(path, allow_truncated)
     if table is None:
+      # Taken before the scan: an index of a shard that is being written must not look up to date.
+      stamp = _stamp(path)
       table, cut = scan(path)
       if cut and not allow_truncated:
         raise DataError(f"{path}: {cut} Re-download it, or set data.allow_truncated=True.")
-      _save(path, table, bool(cut))
+      _save(path, table, stamp, bool(cut))
       built += 1
       if built % 100 == 0 or number == len(paths) > 20:
         log(f"index: {number:,} of {len(paths):,} shards")
@@ -141,35 +151,68 @@ def scan(path):
 
   Returns:
     The structured array, and a sentence on where the shard is cut off or None. Records without an image
-    or a caption are not in it.
+    or a caption are not in it, and neither is the record that the cut goes through.
 
   Raises:
-    DataError: not a tar archive.
+    DataError: not a tar archive, or not readable.
   """
-  records, cut = {}, None
+  records = {}
+  try:
+    reason, beyond = _read_headers(path, records)
+  except OSError as error:
+    raise DataError(
+      f"{path} cannot be read ({error.strerror}). The pattern must match tar shards, such as 'DIR/*.tar'."
+    ) from error
+  if reason:
+    _drop_unfinished(records, beyond)
+  rows = [row for parts in records.values() if (row := _row(parts))]
+  cut = f"cut off after {len(rows):,} whole records ({reason})." if reason else None
+  return np.array(rows, DTYPE), cut
+
+
+def _read_headers(path, records):
+  # Fills `records`; returns why the shard is cut off, and the record that the cut member belongs to.
   size = os.path.getsize(path)
-  last = None
   try:
     with tarfile.open(path, "r:") as tar:
       for member in tar:
-        if member.offset_data + member.size > size:
-          last = member
-          break
-        if member.isreg():
-          base, _, extension = member.name.rpartition("/")[2].partition(".")
-          key = f"{os.path.dirname(member.name)}/{base}"
+        base, _, extension = member.name.rpartition("/")[2].partition(".")
+        key = f"{os.path.dirname(member.name)}/{base}"
+        plain = member.isreg() and not member.issparse()
+        # An offset that goes back is a damaged size, and would be read in circles.
+        if (plain and member.offset_data + member.size > size) or tar.offset < member.offset_data:
+          return f"member {member.name} at byte {member.offset_data:,}", key
+        if plain:
           records.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
-      end = tar.offset
-  except tarfile.ReadError as error:
-    if not records:
-      raise DataError(f"{path} is not a tar archive ({error}).") from error
-    last, end = None, size
-  rows = [row for parts in records.values() if (row := _row(parts))]
-  if last is not None:
-    cut = f"cut off after {len(rows):,} whole records (member {last.name} at byte {last.offset_data:,})."
-  elif not _ends_with_zeros(path, end):
-    cut = f"cut off after {len(rows):,} whole records (no end-of-archive mark at byte {end:,})."
-  return np.array(rows, DTYPE), cut
+      # The iterator stops at the first zero block, at a damaged header, or at the end of the file.
+      if _block(path, tar.offset) != bytes(BLOCK):
+        return f"no end-of-archive mark at byte {tar.offset:,}", None
+  except (tarfile.TarError, ValueError, IndexError, OverflowError) as error:
+    first = _block(path, 0)
+    if len(first) == BLOCK and first[257:262] != b"ustar":
+      raise DataError(
+        f"{path} is not an uncompressed tar archive ({error}). Unpack or re-download it, or leave it out."
+      ) from error
+    return str(error), None
+  return None, None
+
+
+def _drop_unfinished(records, beyond):
+  if beyond is not None:
+    records.pop(beyond, None)
+    return
+  # Not known whose member would have come next: the last record counts as whole if it has every kind of
+  # member that the record before it has.
+  kinds = [set(parts) for parts in records.values() if _row(parts)]
+  last = next(reversed(records), None)
+  if last is not None and _row(records[last]) and (len(kinds) < 2 or not kinds[-2] <= kinds[-1]):
+    del records[last]
+
+
+def _block(path, offset):
+  with open(path, "rb") as file:
+    file.seek(offset)
+    return file.read(BLOCK)
 
 
 def _row(parts):
@@ -180,17 +223,9 @@ def _row(parts):
   return (*image, *parts[CAPTIONS[kind]], kind, *parts.get("cls", (0, 0)))
 
 
-def _ends_with_zeros(path, offset):
-  # The iterator stops at the first zero block, which it has read, or at the end of the file.
-  with open(path, "rb") as file:
-    file.seek(max(offset - BLOCK, 0))
-    block = file.read(2 * BLOCK)
-  return any(block[i : i + BLOCK] == bytes(BLOCK) for i in (0, BLOCK))
-
-
 def _index_path(path, beside):
   if beside:
-    return Path(f"{path}.index.npz")
+    return Path(path + INDEX_SUFFIX)
   cache = Path(os.environ.get("CLIP_JAX_CACHE") or "~/.cache/clip_jax").expanduser()
   return cache / "index" / (hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32] + ".npz")
 
@@ -207,23 +242,25 @@ def _load(path, allow_truncated):
         usable = np.array_equal(saved["stamp"], _stamp(path)) and (allow_truncated or not saved["cut"])
         if usable and saved["records"].dtype == DTYPE:
           return saved["records"]
-    except (OSError, ValueError, KeyError, EOFError):
-      continue  # missing or damaged: built anew
+    except Exception:  # missing, or damaged in any of the ways that NumPy and zipfile can meet
+      continue
   return None
 
 
-def _save(path, table, cut):
+def _save(path, table, stamp, cut):
   for beside in (True, False):
     target = _index_path(path, beside)
+    temporary = None
     try:
       target.parent.mkdir(parents=True, exist_ok=True)
       handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".index-")
-    except OSError:
-      continue  # a read-only folder: the cache is next
-    with os.fdopen(handle, "wb") as file:
-      np.savez(file, records=table, stamp=_stamp(path), cut=np.array(cut))
-    os.replace(temporary, target)
-    return
+      with os.fdopen(handle, "wb") as file:
+        np.savez(file, records=table, stamp=stamp, cut=np.array(cut))
+      os.replace(temporary, target)
+      return
+    except OSError:  # a read-only or full folder: the cache is next
+      if temporary is not None:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _read_member(file, offset, size):
@@ -231,6 +268,8 @@ def _read_member(file, offset, size):
   raw = os.pread(file.fileno(), int(size) + BLOCK, start)
   if len(raw) != int(size) + BLOCK:
     raise DataError(f"{file.name}: ends before byte {int(offset + size):,}; it has changed since it was indexed.")
+  if not re.fullmatch(rb"0*%o[\0 ]*" % size, raw[124:136]):
+    raise DataError(f"{file.name}: no member of {size:,} bytes at byte {start:,}; it has changed since it was indexed.")
   return raw[BLOCK:], raw[:100].rstrip(b"\0").decode("utf-8", "replace")
 
 
@@ -248,7 +287,7 @@ def _captions(raw, kind, key):
   try:
     about = json.loads(text)
     captions = about.get("captions") or [about["caption"]]
-  except (ValueError, KeyError, AttributeError) as error:
+  except (ValueError, KeyError, AttributeError, RecursionError) as error:
     raise DataError(f"{key}: its .json holds neither 'caption' nor 'captions'.") from error
   if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
     raise DataError(f"{key}: 'captions' must be a list of strings.")
@@ -261,8 +300,8 @@ def _expand_braces(pattern):
     return [pattern]
   numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
   if numbers:
-    width = len(numbers[1])
-    choices = [f"{i:0{width}}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
+    low, high = sorted(map(int, numbers.groups()))
+    choices = [f"{i:0{len(numbers[1])}}" for i in range(low, high + 1)]
   else:
     choices = match[1].split(",")
   before, after = pattern[: match.start()], pattern[match.end() :]

@@ -1,0 +1,28 @@
+# Everything works on a fresh clone with Python >= 3.11, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+.PHONY: install quickstart test lint bench
+
+# One stamp a set of extras: `make quickstart` need not wait for what only the tests use.
+.venv/.quickstart: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
+	touch $@
+
+.venv/.test: setup.py constraints.txt .venv/.quickstart
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+install: .venv/.test
+
+quickstart: .venv/.quickstart
+	@$(BIN)/python main.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+
+bench: .venv/.test
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

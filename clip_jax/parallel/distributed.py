@@ -1,0 +1,56 @@
+"""Joining the processes of a run, and what XLA is told before it starts."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from clip_jax.errors import UsageError
+
+# Set together by whoever starts processes by hand; launchers below are recognised by themselves.
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def initialize():
+  """Connects this process to the others of its run, if there are any.
+
+  Cloud TPU pods, Slurm and Open MPI are recognised by `jax.distributed` from their own environment
+  variables. Anything else sets the three variables of `BY_HAND`.
+
+  Raises:
+    UsageError: only some of those variables are set.
+  """
+  given = [name for name in BY_HAND if name in os.environ]
+  if len(given) == len(BY_HAND):
+    address, count, number = (os.environ[name] for name in BY_HAND)
+    if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
+      raise UsageError(
+        f"JAX_PROCESS_ID={number} and JAX_NUM_PROCESSES={count} must be whole numbers, the first smaller."
+      )
+    jax.distributed.initialize(address, int(count), int(number))
+  elif "JAX_NUM_PROCESSES" in given or "JAX_PROCESS_ID" in given:
+    missing = ", ".join(name for name in BY_HAND if name not in given)
+    raise UsageError(f"{', '.join(given)} set without {missing}; set all three, or none.")
+  elif _launched_with_others():
+    jax.distributed.initialize()
+
+
+def enable_compilation_cache():
+  """Keeps compiled programs on disk, so that a second start of a run does not compile again.
+
+  `JAX_COMPILATION_CACHE_DIR` chooses another folder than `$CLIP_JAX_CACHE/xla`.
+  """
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = Path(os.environ.get("CLIP_JAX_CACHE") or "~/.cache/clip_jax").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _launched_with_others():
+  variables = os.environ.get
+  return (
+    len(variables("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    or int(variables("MEGASCALE_NUM_SLICES", "1")) > 1
+    or int(variables("SLURM_NTASKS", "1")) > 1
+    or int(variables("OMPI_COMM_WORLD_SIZE", "1")) > 1
+  )

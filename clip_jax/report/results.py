@@ -1,0 +1,134 @@
+"""Held-out results as rows, for the page and for terminals."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from clip_jax.report import plots
+
+# Numbers to be had without any training, logged beside the model's; they go in a column of their own.
+YARDSTICK = "nearest_pixels_"
+DIRECTIONS = {"image_to_text_": "image → text ", "text_to_image_": "text → image "}
+
+_SHARE = re.compile(r"(^|_)(R@\d+|(acc|top)@?\d*|accuracy|recall|precision|mAP|AUC)(_|$)")
+
+
+@dataclass(frozen=True)
+class Row:
+  """One held-out result.
+
+  Attributes:
+    name: for people, set and metric ("emoji_unseen image → text R@5").
+    value: as logged, usually a share of 0 to 1.
+    chance: what guessing reaches, or None.
+    yardstick: what the nearest training drawing by pixels reaches, or None.
+    set: the evaluation set.
+    metric: as in the key ("image_to_text_R@5").
+  """
+
+  name: str
+  value: float
+  chance: float | None = None
+  yardstick: float | None = None
+  set: str = ""
+  metric: str = ""
+
+  @property
+  def label(self) -> str:
+    """The metric for people, without the set."""
+    return _metric_label(self.metric)
+
+  @property
+  def key(self) -> str:
+    return "/".join(filter(None, ("eval", self.set, self.metric)))
+
+  @property
+  def is_share(self) -> bool:
+    """Whether the numbers are shares, to be written as percent, rather than ranks or losses."""
+    return bool(_SHARE.search(self.metric)) and not self.value > 1
+
+  def text(self, number: float | None) -> str:
+    """A number of this row as it should be read: percent, or four digits, or a dash for None."""
+    if number is None:
+      return "–"
+    return plots.percent(number) if self.is_share else plots.number(number)
+
+
+def results_table(metrics: Mapping[str, float]) -> list[Row]:
+  """Turns flat evaluation keys into rows.
+
+  Args:
+    metrics: `eval/SET/METRIC` -> number, with `eval/SET/METRIC/chance` and
+      `eval/SET/nearest_pixels_...` beside it or not; other keys are ignored.
+
+  Returns:
+    Rows by set in order of appearance; within a set image to text, then text to image, then the
+    others; K ascending. A yardstick stands in the row of the image-to-text metric it belongs to,
+    or in a row of its own where there is none.
+  """
+  values, chances, yardsticks = {}, {}, {}
+  for key, value in metrics.items():
+    if not key.startswith("eval/"):
+      continue
+    name = key.removeprefix("eval/")
+    target = chances if name.endswith("/chance") else values
+    set_, _, metric = name.removesuffix("/chance").rpartition("/")
+    target[set_, metric] = value
+  for set_, metric in list(values):
+    if not metric.startswith(YARDSTICK):
+      continue
+    rest = metric.removeprefix(YARDSTICK)
+    owner = next((m for m in (f"image_to_text_{rest}", rest) if (set_, m) in values), None)
+    if owner:
+      yardsticks[set_, owner] = values.pop((set_, metric))
+
+  sets = list(dict.fromkeys(set_ for set_, _ in values))
+  families = list(dict.fromkeys(family(metric) for _, metric in values))
+
+  def order(key):
+    set_, metric = key
+    direction = [*(metric.startswith(d) for d in DIRECTIONS), True].index(True)
+    return sets.index(set_), direction, families.index(family(metric)), _at_k(metric)
+
+  return [
+    Row(
+      name=f"{set_} {_metric_label(metric)}".strip(),
+      value=values[set_, metric],
+      chance=chances.get((set_, metric)),
+      yardstick=yardsticks.get((set_, metric)),
+      set=set_,
+      metric=metric,
+    )
+    for set_, metric in sorted(values, key=order)
+  ]
+
+
+def _metric_label(metric: str) -> str:
+  for prefix, words in DIRECTIONS.items():
+    if metric.startswith(prefix):
+      return words + metric.removeprefix(prefix).replace("_", " ")
+  return metric.replace("_", " ")
+
+
+def family(metric: str) -> str:
+  return re.sub(r"\d+$", "", metric)
+
+
+def _at_k(metric: str) -> int:
+  digits = re.search(r"\d+$", metric)
+  return int(digits.group()) if digits else 0
+
+
+def headline_rows(rows: list[Row]) -> list[Row]:
+  """Of each set and direction the one share to look at: R@5, or the K nearest to it; acc1."""
+  chosen = {}
+  for row in rows:
+    if not row.is_share:
+      continue
+    best_k = 5 if "R@" in row.metric else 1
+    kind = row.set, family(row.metric)
+    if kind not in chosen or abs(_at_k(row.metric) - best_k) < abs(
+      _at_k(chosen[kind].metric) - best_k
+    ):
+      chosen[kind] = row
+  return list(chosen.values())

@@ -1,0 +1,212 @@
+"""The training loop: what a run is made of, and the order in which it happens."""
+
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from clip_jax import config as configs
+from clip_jax.data import pipeline, sources
+from clip_jax.errors import ConfigError, UsageError
+from clip_jax.evaluate.encode import Encoder
+from clip_jax.evaluate.retrieval import Retrieval
+from clip_jax.evaluate.zero_shot import ZeroShot
+from clip_jax.files import write_text
+from clip_jax.parallel import mesh as meshes
+from clip_jax.parallel import rules
+from clip_jax.train import environment, hooks, metrics, step
+from clip_jax.train import state as states
+from clip_jax.train.checkpoint import Checkpoints
+from clip_jax.train.progress import Progress
+
+# What a run may change when it is resumed: none of these changes a number it computes.
+FREE_TO_CHANGE = ("mesh", "eval", "checkpoint", "data.threads", "data.prefetch", "train.log_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How a run ended.
+
+  Attributes:
+    step: updates done.
+    steps: updates the config asks for; the run is complete when both are equal.
+    started: updates that were done before.
+  """
+
+  step: int
+  steps: int
+  started: int
+
+  @property
+  def complete(self):
+    """Whether there is nothing left to do."""
+    return self.step == self.steps
+
+
+def run(config, workdir):
+  """Trains, or resumes what the work directory holds.
+
+  Args:
+    config: a `ConfigDict` or a nested dict; see `clip_jax.config`.
+    workdir: folder for everything the run writes; made if missing.
+
+  Returns:
+    A `Result`. On SIGTERM or SIGINT the step is finished, everything is saved, and the result is not
+    complete: the same call goes on from there.
+
+  Raises:
+    UsageError: the config, the data or the work directory cannot be used.
+  """
+  config = configs.resolve(config)
+  workdir = Path(workdir)
+  mesh = meshes.create(config)
+  claim(workdir, config)
+  checkpoints = Checkpoints(workdir, config)
+  try:
+    start = checkpoints.latest_step() or 0
+    if start >= config.train.steps:
+      return Result(start, config.train.steps, start)
+    return _train(config, workdir, mesh, checkpoints, start)
+  finally:
+    checkpoints.close()
+
+
+def claim(workdir, config):
+  """Makes a work directory this run's, or checks that it already is.
+
+  Args:
+    workdir: the folder.
+    config: a resolved `Config`.
+
+  Raises:
+    ConfigError: it belongs to a run with another config; the message names the first difference.
+  """
+  path = workdir / "config.json"
+  mine = json.loads(json.dumps(configs.to_dict(config)))
+  if path.exists():
+    for key, old, new in differences(json.loads(path.read_text()), mine):
+      if not key.startswith(FREE_TO_CHANGE):
+        raise ConfigError(
+          f"{workdir} holds a run with config.{key}={old!r}, and this config has {new!r}; "
+          "use another --workdir, or the config of that run."
+        )
+  if jax.process_index() == 0:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UsageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
+    write_text(path, json.dumps(mine, indent=2) + "\n")
+    write_text(workdir / "environment.json", json.dumps(environment.describe(), indent=2) + "\n")
+
+
+def differences(old, new, prefix=""):
+  """Yields (dotted key, old value, new value) where two nested dicts differ."""
+  for key in dict.fromkeys([*old, *new]):
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      yield from differences(a, b, f"{prefix}{key}.")
+    elif a != b:
+      yield f"{prefix}{key}", a, b
+
+
+def _train(config, workdir, mesh, checkpoints, start):
+  batch = config.train.global_batch_size
+  source = sources.create(
+    config.data.source, config.data.path, allow_truncated=config.data.allow_truncated
+  )
+  evaluators = create_evaluators(config, mesh, source)
+  if start:
+    state = checkpoints.restore(states.describe(config, mesh)[0])
+  else:
+    state = states.create(config, mesh)
+  main = jax.process_index() == 0
+  writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()
+  clock, progress = hooks.Clock(), Progress(config, start) if main else None
+  log = hooks.Log(writer, config, clock, start, progress or (lambda step, values: None))
+  save = hooks.Save(checkpoints, log, writer, config, clock)
+  every_step = (log, hooks.Evaluate(evaluators, writer, config, clock, workdir), save)
+
+  bad = pipeline.BadRecords(workdir / "bad_records.jsonl", config.data.max_bad_share)
+  rows = rules.local_rows(mesh, batch)
+  batches = pipeline.train_batches(source, config, rows=rows, start=start, bad_records=bad)
+  train_step = step.create(config, mesh)
+  done = start
+  try:
+    with StopSignals() as stop:
+      for done in range(start + 1, config.train.steps + 1):
+        with clock.waiting():
+          local = next(batches)
+        state, measured = train_step(state, rules.to_global(local, mesh, batch))
+        for hook in every_step:
+          hook(done, state, measured)
+        if stop.requested(done):
+          save.now(done, state)
+          break
+      checkpoints.wait()
+  finally:
+    log.flush()
+    writer.close()
+    if progress:
+      progress.close()
+  return Result(done, config.train.steps, start)
+
+
+def create_evaluators(config, mesh, training):
+  """The evaluators a config asks for.
+
+  Args:
+    config: a resolved `Config`.
+    mesh: the device mesh.
+    training: the `Source` that is trained on.
+
+  Returns:
+    A list of functions from parameters to metrics and examples.
+  """
+  encoder = Encoder(config.model, mesh, config.eval.batch_size)
+  found = [
+    Retrieval(name, sources.create(item.source, item.path), item, encoder, training)
+    for name, item in config.eval.retrieval.items()
+  ]
+  return found + [
+    ZeroShot(name, sources.create(item.source, item.path), item, encoder)
+    for name, item in config.eval.zero_shot.items()
+  ]
+
+
+class StopSignals:
+  """Turns SIGTERM and SIGINT into a wish to stop after the current step; a second SIGINT leaves at once."""
+
+  def __init__(self):
+    self._received = None
+    self._before = {}
+
+  def __enter__(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._before[number] = signal.signal(number, self._receive)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def requested(self, done):
+    """Whether to stop after this step: the same answer on every process.
+
+    Args:
+      done: updates done.
+    """
+    if jax.process_count() == 1:
+      return self._received is not None
+    # A signal reaches hosts at different steps. Whoever has one says so, and all stop at one step.
+    return bool(multihost_utils.process_allgather(self._received is not None).any())
+
+  def _receive(self, number, _):
+    if self._received == signal.SIGINT == number:
+      raise KeyboardInterrupt
+    self._received = number
+    name = signal.Signals(number).name
+    print(f"\n{name}: finishing this step and saving; once more to leave at once.", file=sys.stderr, flush=True)

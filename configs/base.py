@@ -1,0 +1,79 @@
+"""What the recipes of this folder share: CLIP as published (Radford et al. 2021).
+
+A recipe shows what differs from this. Every key, its type and its meaning are in clip_jax/config.py.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config():
+  config = ConfigDict()
+
+  config.model = ConfigDict()
+  config.model.name = ""
+  config.model.image_size = placeholder(int)  # what the name stands for
+  config.model.embed_dim = placeholder(int)
+  config.model.activation = "quick_gelu"  # as OpenAI's released weights
+  config.model.norm_epsilon = 1e-5
+  config.model.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images
+  config.model.image_std = (0.26862954, 0.26130258, 0.27577711)
+  config.model.tokenizer = "clip"
+  config.model.compute_dtype = "bfloat16"  # the paper used float16 with loss scaling
+  config.model.vision = ConfigDict()
+  config.model.text = ConfigDict()
+  for size in ("patch_size", "width", "layers", "heads", "mlp_width"):
+    config.model.vision[size] = placeholder(int)
+  for size in ("context_length", "vocab_size", "width", "layers", "heads", "mlp_width"):
+    config.model.text[size] = placeholder(int)
+
+  config.loss = ConfigDict()
+  config.loss.name = "softmax"  # section 2.3
+
+  config.data = ConfigDict()
+  config.data.source = "tar"
+  config.data.path = ""
+  config.data.seed = 0
+  config.data.crop_scale = (0.9, 1.0)  # "a random square crop" (section 2.3); the range is open_clip's
+  config.data.color_jitter = 0.0
+  config.data.flip = 0.0
+  config.data.rotation = 0.0
+  config.data.other_captions = 0.0
+  config.data.threads = 0
+  config.data.prefetch = 4
+  config.data.max_bad_share = 0.05
+  config.data.allow_truncated = False
+
+  config.train = ConfigDict()
+  config.train.global_batch_size = 32_768  # table 18
+  config.train.samples = placeholder(int)
+  config.train.steps = placeholder(int)  # wins over samples
+  config.train.seed = 0
+  config.train.log_every = 1
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 5e-4  # table 20
+  config.optimizer.warmup_steps = 2_000  # table 18
+  config.optimizer.weight_decay = 0.2  # table 18
+  config.optimizer.no_decay = r"(^|/)(bias|qkv_bias|scale|logit_scale)$"  # "gains or biases", section 2.5
+  config.optimizer.beta1 = 0.9  # table 18
+  config.optimizer.beta2 = 0.98  # table 18, Vision Transformers
+  config.optimizer.epsilon = 1e-6  # table 18, Vision Transformers
+  config.optimizer.gradient_clip_norm = placeholder(float)
+
+  config.mesh = ConfigDict()
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+
+  config.eval = ConfigDict()
+  config.eval.every = 0
+  config.eval.batch_size = 256
+  config.eval.retrieval = ConfigDict()
+  config.eval.zero_shot = ConfigDict()
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every = 1_000
+  config.checkpoint.keep_last = 3
+  config.checkpoint.keep_every = placeholder(int)
+  return config

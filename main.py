@@ -1,0 +1,86 @@
+"""Trains a CLIP model: python main.py --config=configs/vitb16.py --workdir=DIR [--config.a.b=value ...].
+
+Started again with the same work directory, it resumes what is there. Exit codes: 0 done, 2 wrong usage,
+config or input, 75 stopped early with everything saved, 1 anything else.
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from clip_jax.errors import UsageError
+
+EXIT_USAGE = 2
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, such as configs/vitb16.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report.")
+
+
+def main(argv):
+  """Runs one training and returns the exit code."""
+  try:
+    config = parse(argv)
+    # Imported after the flags are known to be right: a typing error should not cost seconds.
+    from clip_jax import train
+    from clip_jax.parallel import distributed
+    from clip_jax.report import page
+
+    distributed.enable_compilation_cache()
+    distributed.initialize()
+    result = train.run(config, WORKDIR.value)
+    import jax
+
+    if jax.process_index() == 0:
+      tell(result, page)
+    return 0 if result.complete else EXIT_TRY_AGAIN
+  except UsageError as error:
+    print(error, file=sys.stderr)
+    return EXIT_USAGE
+
+
+def parse(argv):
+  """Reads the flags.
+
+  Args:
+    argv: the command line, program name first.
+
+  Returns:
+    The `ConfigDict` of the recipe with its overrides.
+
+  Raises:
+    UsageError: a flag or an override that does not exist, has the wrong type, or is missing.
+  """
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise UsageError(f"{rest[1]!r} is not a flag; flags start with --, as in --workdir=runs/mine.")
+    config = CONFIG.value
+  except flags.Error as error:
+    raise UsageError(str(error).strip()) from error
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    # What ml_collections raises for an override that the recipe's tree has no place for.
+    raise UsageError(f"--config: {error}".strip()) from error
+  for name in ("config", "workdir"):
+    if flags.FLAGS[name].value is None:
+      raise UsageError(f"--{name} is missing: python main.py --config=configs/vitb16.py --workdir=DIR")
+  return config
+
+
+def tell(result, page):
+  """Prints how the run ended and where its report is."""
+  workdir = WORKDIR.value
+  if not result.complete:
+    print(f"Stopped after step {result.step:,} of {result.steps:,}, all saved. The same command goes on.")
+    return
+  report = page.write(workdir)
+  if result.started == result.steps:
+    print(f"{workdir} is complete: all {result.steps:,} steps are done. Report: {report}")
+    return
+  print(page.terminal_table(workdir))
+  print(f"Done: {result.steps:,} steps. Report: {report}  Checkpoints: {workdir}/checkpoints")
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,59 @@
+"""Shared by all tests: eight CPU devices in this process, and small things to train on."""
+
+import io
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def tiny(**sections):
+  """A config of a very small model; `section={"key": value}` changes or adds keys."""
+  values = {
+    "model": {
+      "image_size": 16,
+      "embed_dim": 16,
+      "vision": {"patch_size": 8, "width": 32, "layers": 2, "heads": 4},
+      "text": {"context_length": 12, "width": 16, "layers": 1, "heads": 4},
+    },
+    "train": {"global_batch_size": 16, "steps": 4},
+    "optimizer": {"warmup_steps": 2, "learning_rate": 1e-2},
+    "eval": {"batch_size": 16},
+    "checkpoint": {"every": 2},
+  }
+  for section, changes in sections.items():
+    values[section] = {**values.get(section, {}), **changes}
+  return values
+
+
+COLORS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
+COLORS |= {"yellow": (255, 230, 0), "grey": (128, 128, 128), "pink": (255, 150, 190), "white": (255, 255, 255)}
+
+
+def write_colors(path, copies=8):
+  """A shard of plain colours with their names as captions and numbers as classes: a learnable set."""
+  random = np.random.default_rng(0)
+  with tarfile.open(path, "w") as tar:
+    for copy in range(copies):
+      for label, (name, color) in enumerate(COLORS.items()):
+        noise = random.integers(-12, 13, (24, 24, 3))
+        pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "png")
+        members = {"png": buffer.getvalue(), "txt": f"the colour {name}".encode(), "cls": str(label).encode()}
+        for extension, content in members.items():
+          member = tarfile.TarInfo(f"{copy:03}{label:03}.{extension}")
+          member.size = len(content)
+          tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory):
+  """Path of a shard of 64 plain colours."""
+  path = tmp_path_factory.mktemp("colors") / "colors.tar"
+  write_colors(path)
+  return str(path)

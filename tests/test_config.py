@@ -1,0 +1,138 @@
+"""Every wrong config is one clear sentence, before anything compiles."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from clip_jax import config as configs
+from clip_jax.errors import ConfigError
+from tests.conftest import tiny
+
+RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("[a-z]*.py") if p.stem != "base")
+
+
+def changed(path, value):
+  values = ConfigDict(tiny())
+  group = values
+  *groups, key = path.split(".")
+  for name in groups:
+    group = group.setdefault(name, ConfigDict()) if name not in group else group[name]
+  with group.unlocked():
+    group[key] = value
+  return values
+
+
+WRONG = [
+  ("optimizer.learn_rate", 1e-3, "config.optimizer.learn_rate is not a key of optimizer. Did you mean learning_rate?"),
+  ("optimiser", {}, "Did you mean optimizer?"),
+  ("model.vision.wdith", 3, "config.model.vision.wdith is not a key of model.vision. Did you mean width?"),
+  ("train.zzz", 1, "Its keys are global_batch_size"),
+  ("train.global_batch_size", "big", "config.train.global_batch_size is 'big'; expected a whole number."),
+  ("train.global_batch_size", 1.5, "expected a whole number"),
+  ("train.global_batch_size", True, "expected a whole number"),
+  ("train.global_batch_size", 0, "must be at least 1"),
+  ("train.steps", 0, "asks for 0 steps"),
+  ("optimizer.learning_rate", "fast", "expected a number"),
+  ("optimizer.learning_rate", -1.0, "must lie between 0 and 1,000"),
+  ("data.allow_truncated", "no", "expected True or False"),
+  ("data.crop_scale", (0.9, 0.5), "two shares, 0 < low <= high <= 1"),
+  ("data.crop_scale", 0.9, "config.data.crop_scale is 0.9"),
+  ("data.source", "zip", "config.data.source='zip' must be one of 'tar'"),
+  ("data.max_bad_share", 2.0, "between 0 and 1"),
+  ("model", 3, "config.model is 3; expected a group with keys name"),
+  ("model.name", "ViT-B-61", "Did you mean ViT-B-16?"),
+  ("model.vision.heads", 5, "config.model.vision.heads=5 does not divide config.model.vision.width=32"),
+  ("model.image_size", 30, "config.model.image_size=30 is not a multiple of config.model.vision.patch_size=8"),
+  ("model.text.context_length", 78, "between 3 and 77, the context of CLIP's tokenizer"),
+  ("model.text.vocab_size", 1000, "smaller than the tokenizer's 49,408"),
+  ("model.embed_dim", None, "config.model.embed_dim is not set"),
+  ("model.activation", "relu", "'quick_gelu', 'gelu'"),
+  ("model.compute_dtype", "float16", "'float32', 'bfloat16'"),
+  ("model.image_std", (0.2, 0.2, 0.0), "image_std positive"),
+  ("model.vision.layers", 0, "must be at least 1"),
+  ("eval.retrieval", {"coco": {"pth": "x"}}, "config.eval.retrieval.coco.pth is not a key"),
+  ("eval.zero_shot", {"pets": {"path": "x"}}, "needs at least one class name"),
+  ("eval.zero_shot", {"pets": {"classes": ("cat",), "templates": ("a photo",)}}, "must hold {} once"),
+]
+
+
+@pytest.mark.parametrize("path, value, message", WRONG, ids=[f"{p}={v!r}"[:40] for p, v, _ in WRONG])
+def test_a_wrong_config_is_one_clear_sentence(path, value, message):
+  with pytest.raises(ConfigError) as error:
+    configs.resolve(changed(path, value))
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "mesh, batch, message",
+  [
+    ({}, 12, "config.train.global_batch_size=12 cannot be split over 8 devices; 8 and 16 can."),
+    ({}, 3, "cannot be split over 8 devices; 8 can."),
+    ({"data": 3}, 24, "cannot be laid over 8 devices"),
+    ({"data": -1, "fsdp": -1}, 16, "only one axis can be -1"),
+    ({"data": 0}, 16, "cannot be laid over 8 devices"),
+    ({"tensor": 8}, 16, "config.mesh.tensor=8 must divide the heads of both towers"),
+  ],
+)
+def test_mesh_and_batch_must_fit_the_devices(mesh, batch, message):
+  config = configs.resolve(tiny(mesh=mesh, train={"global_batch_size": batch, "steps": 1}))
+  with pytest.raises(ConfigError) as error:
+    configs.check_devices(config, 8)
+  assert message in str(error.value)
+
+
+def test_tensor_parallel_devices_share_their_part_of_the_batch():
+  config = configs.resolve(tiny(mesh={"tensor": 4}, train={"global_batch_size": 6, "steps": 1}))
+  configs.check_devices(config, 8)  # two shards of three
+
+
+def test_sizes_come_from_the_name_and_can_be_changed():
+  values = {"model": {"name": "ViT-B-16", "text": {"context_length": 32}}, "train": {"steps": 1}}
+  model = configs.resolve(values).model
+  assert (model.vision.width, model.vision.mlp_width, model.vision.patch_size) == (768, 3072, 16)
+  assert (model.text.context_length, model.text.width, model.embed_dim) == (32, 512, 512)
+
+
+def test_steps_win_over_samples_and_samples_round_down():
+  assert configs.resolve(tiny(train={"steps": None, "samples": 100, "global_batch_size": 32})).train.steps == 3
+  train = configs.resolve(tiny(train={"steps": 7, "samples": 100, "global_batch_size": 32})).train
+  assert (train.steps, train.samples) == (7, 224)
+  with pytest.raises(ConfigError, match="both unset"):
+    configs.resolve({"model": {"name": "ViT-B-16"}})
+
+
+def test_the_model_of_a_card_round_trips():
+  model = configs.resolve(tiny()).model
+  saved = configs.to_dict(configs.resolve(tiny()))["model"]
+  assert configs.model_from_dict(saved) == model
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_resolves(recipe):
+  config = configs.resolve(importlib.import_module(f"configs.{recipe}").get_config())
+  assert config.train.steps > 0
+
+
+@pytest.mark.parametrize("name, rate", [("vitb32", 5e-4), ("vitb16", 5e-4), ("vitl14", 4e-4)])
+def test_recipes_are_the_papers(name, rate):
+  config = configs.resolve(importlib.import_module(f"configs.{name}").get_config())
+  # Radford et al. 2021, tables 18 and 20.
+  assert config.train.global_batch_size == 32_768
+  assert config.train.samples == pytest.approx(32 * 400e6, rel=1e-5)
+  assert config.optimizer.learning_rate == rate
+  assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.epsilon) == (0.9, 0.98, 1e-6)
+  assert (config.optimizer.weight_decay, config.optimizer.warmup_steps) == (0.2, 2000)
+
+
+def test_the_base_config_and_the_schema_agree_on_every_default():
+  base = importlib.import_module("configs.base").get_config()
+  base.train.steps, base.model.name = 1, "ViT-B-16"
+  from_base = configs.to_dict(configs.resolve(base))
+  # Named differences: the recipes are for accelerators, the schema's default is for anything.
+  assert from_base["model"].pop("compute_dtype") == "bfloat16"
+  plain = configs.to_dict(configs.resolve({"model": {"name": "ViT-B-16"}, "train": {"steps": 1}}))
+  assert plain["model"].pop("compute_dtype") == "float32"
+  assert from_base == plain
