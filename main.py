@@ -4,11 +4,13 @@ Started again with the same work directory, it resumes what is there. Exit codes
 config or input, 75 stopped early with everything saved, 1 anything else.
 """
 
+import re
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
+from clip_jax.config import check_key
 from clip_jax.errors import UsageError
 
 EXIT_USAGE = 2
@@ -25,7 +27,7 @@ def main(argv):
     # Imported after the flags are known to be right: a typing error should not cost seconds.
     from clip_jax import train
     from clip_jax.parallel import distributed
-    from clip_jax.report import page
+    from clip_jax.report import page, terminal
 
     distributed.enable_compilation_cache()
     distributed.initialize()
@@ -33,7 +35,7 @@ def main(argv):
     import jax
 
     if jax.process_index() == 0:
-      tell(result, page)
+      tell(result, page, terminal)
     return 0 if result.complete else EXIT_TRY_AGAIN
   except UsageError as error:
     print(error, file=sys.stderr)
@@ -52,23 +54,32 @@ def parse(argv):
   Raises:
     UsageError: a flag or an override that does not exist, has the wrong type, or is missing.
   """
+  overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([^=]+)", arg))]
+  for path in overrides:
+    check_key(path)
   try:
     rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise UsageError(f"{rest[1]!r} is not a flag; flags start with --, as in --workdir=runs/mine.")
-    config = CONFIG.value
   except flags.Error as error:
     raise UsageError(str(error).strip()) from error
-  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    # What ml_collections raises for an override that the recipe's tree has no place for.
-    raise UsageError(f"--config: {error}".strip()) from error
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UsageError(
+      f"One of --config.{', --config.'.join(overrides)} cannot be set ({' '.join(str(error).split())}); "
+      "the recipe must have the key, as those that start from configs/base.py do."
+    ) from error
+  if len(rest) > 1:
+    raise UsageError(f"{rest[1]!r} is not a flag; flags start with --, as in --workdir=runs/mine.")
   for name in ("config", "workdir"):
     if flags.FLAGS[name].value is None:
       raise UsageError(f"--{name} is missing: python main.py --config=configs/vitb16.py --workdir=DIR")
-  return config
+  try:
+    return CONFIG.value.copy_and_resolve_references()
+  except OSError as error:  # of a recipe that is missing or cannot be run, with the reason last
+    reason = str(error).strip().splitlines()[-1].strip()
+    path = next(arg for arg in argv if re.match(r"--?config(=|$)", arg))
+    raise UsageError(f"{path} cannot be loaded: {reason}") from error
 
 
-def tell(result, page):
+def tell(result, page, terminal):
   """Prints how the run ended and where its report is."""
   workdir = WORKDIR.value
   if not result.complete:
@@ -78,7 +89,7 @@ def tell(result, page):
   if result.started == result.steps:
     print(f"{workdir} is complete: all {result.steps:,} steps are done. Report: {report}")
     return
-  print(page.terminal_table(workdir))
+  terminal.print_results(workdir)
   print(f"Done: {result.steps:,} steps. Report: {report}  Checkpoints: {workdir}/checkpoints")
 
 

@@ -235,15 +235,30 @@ def check_devices(config, devices):
     )
 
 
+def check_key(path):
+  """Checks that a dotted path, such as "train.steps", names a key of the schema.
+
+  Raises:
+    ConfigError: it does not; the message names the nearest one that does.
+  """
+  hint, walked = Config, "config"
+  for key in path.split("."):
+    if dataclasses.is_dataclass(hint):
+      _check_known(hint, key, walked)
+      hint = typing.get_type_hints(hint)[key]
+    elif typing.get_origin(hint) is dict:
+      hint = typing.get_args(hint)[1]
+    else:
+      raise ConfigError(f"config.{path}: {walked} is a value, not a group of keys.")
+    walked = f"{walked}.{key}"
+
+
 def _build(cls, values, path):
   if not isinstance(values, dict):
     raise ConfigError(f"{path} is {values!r}; expected a group with keys {_listed(cls)}.")
   hints = typing.get_type_hints(cls)
   for key in values:
-    if key not in hints:
-      near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
-      hint = f"Did you mean {near[0]}?" if near else f"Its keys are {_listed(cls)}."
-      raise ConfigError(f"{path}.{key} is not a key of {path.removeprefix('config.')}. {hint}")
+    _check_known(cls, key, path)
   return cls(**{key: _value(value, hints[key], f"{path}.{key}") for key, value in values.items()})
 
 
@@ -265,6 +280,14 @@ def _value(value, hint, path):
   raise ConfigError(
     f"{path} is {value!r}; expected {wanted.get(getattr(hint, '__name__', ''), str(hint))}."
   )
+
+
+def _check_known(cls, key, path):
+  known = [f.name for f in dataclasses.fields(cls)]
+  if key not in known:
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+    hint = f"Did you mean {near[0]}?" if near else f"Its keys are {_listed(cls)}."
+    raise ConfigError(f"{path}.{key} is not a key of {path.removeprefix('config.')}. {hint}")
 
 
 def _listed(cls):

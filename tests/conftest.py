@@ -21,7 +21,7 @@ def tiny(**sections):
       "text": {"context_length": 12, "width": 16, "layers": 1, "heads": 4},
     },
     "train": {"global_batch_size": 16, "steps": 4},
-    "optimizer": {"warmup_steps": 2, "learning_rate": 1e-2},
+    "optimizer": {"warmup_steps": 2, "learning_rate": 1e-3},
     "eval": {"batch_size": 16},
     "checkpoint": {"every": 2},
   }

@@ -1,10 +1,10 @@
 """Every wrong config is one clear sentence, before anything compiles."""
 
+import copy
 import importlib
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
 from clip_jax import config as configs
 from clip_jax.errors import ConfigError
@@ -14,13 +14,12 @@ RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("[
 
 
 def changed(path, value):
-  values = ConfigDict(tiny())
-  group = values
+  values = copy.deepcopy(tiny())
   *groups, key = path.split(".")
+  group = values
   for name in groups:
-    group = group.setdefault(name, ConfigDict()) if name not in group else group[name]
-  with group.unlocked():
-    group[key] = value
+    group = group.setdefault(name, {})
+  group[key] = value
   return values
 
 

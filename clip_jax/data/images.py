@@ -4,11 +4,13 @@ All of it runs in input threads; OpenCV and Pillow release the interpreter's loc
 Resizing is Pillow's bicubic, which is antialiased and is what CLIP's own preprocessing uses.
 """
 
+import io
 import math
+import struct
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 cv2.setNumThreads(0)  # the input pipeline has threads of its own
 
@@ -35,6 +37,9 @@ def decode(encoded):
   buffer = np.frombuffer(encoded, np.uint8)
   if not len(buffer):
     raise DecodeError("the image is empty")
+  claimed = _pixels_claimed(encoded)
+  if claimed > MAX_PIXELS:
+    raise DecodeError(f"the image claims to have {claimed:,} pixels, more than {MAX_PIXELS:,}")
   # Only these two carry transparency; the flag for reading it would ignore a JPEG's orientation.
   alpha_format = encoded[:4] == b"\x89PNG" or encoded[8:12] == b"WEBP"
   flag = cv2.IMREAD_UNCHANGED if alpha_format else cv2.IMREAD_COLOR
@@ -44,6 +49,10 @@ def decode(encoded):
     raise DecodeError(f"the image cannot be decoded ({error.err})") from error
   if image is None:
     raise DecodeError(f"the image cannot be decoded (starts with {encoded[:8]!r})")
+  if alpha_format:
+    image = _oriented(image, encoded)
+    if image.ndim == 2:
+      _set_grey_on_white(image, encoded)
   if image.dtype == np.uint16:
     image = (image >> 8).astype(np.uint8)
   if image.ndim == 2:
@@ -53,6 +62,44 @@ def decode(encoded):
     white = image[..., :3] * alpha + 255 * (255 - alpha)
     image = ((white + 127) // 255).astype(np.uint8)
   return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _pixels_claimed(encoded):
+  # Of the formats whose claim can be too large; where the header cannot be read, the decoder says why.
+  if encoded[:4] == b"\x89PNG":
+    return int.from_bytes(encoded[16:20], "big") * int.from_bytes(encoded[20:24], "big")
+  at = 2 if encoded[:2] == b"\xff\xd8" else len(encoded)
+  while at + 9 <= len(encoded) and encoded[at] == 0xFF:
+    marker = encoded[at + 1]
+    if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a JPEG frame header
+      return math.prod(struct.unpack(">HH", encoded[at + 5 : at + 9]))
+    at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+  return 0
+
+
+def _oriented(image, encoded):
+  # OpenCV applies the orientation of EXIF only where it drops transparency.
+  if b"eXIf" not in encoded and b"EXIF" not in encoded:
+    return image
+  try:
+    orientation = Image.open(io.BytesIO(encoded)).getexif().get(ExifTags.Base.Orientation)
+  except Exception:  # a damaged EXIF block; the pixels have been read
+    return image
+  if orientation in (5, 6, 7, 8):
+    image = image.swapaxes(0, 1)
+  if orientation in (2, 3, 6, 7):
+    image = image[:, ::-1]
+  if orientation in (3, 4, 7, 8):
+    image = image[::-1]
+  return np.ascontiguousarray(image)
+
+
+def _set_grey_on_white(image, encoded):
+  # OpenCV knows the transparent colour of a palette and of RGB, but not that of a grey PNG.
+  at = encoded.find(b"\0\0\0\2tRNS", 0, max(encoded.find(b"IDAT"), 0))
+  if at > 0:
+    level, depth = int.from_bytes(encoded[at + 8 : at + 10], "big"), encoded[24]
+    image[image == (level if depth == 16 else level * 255 // (2**depth - 1))] = np.iinfo(image.dtype).max
 
 
 def resize_and_crop(image, size):
@@ -68,9 +115,9 @@ def resize_and_crop(image, size):
   image = image if isinstance(image, Image.Image) else Image.fromarray(image)
   image = image.convert("RGB")
   width, height = image.size
-  scale = size / min(width, height)
-  # The longer side is truncated, as torchvision does.
-  new = (size, int(height * scale)) if width <= height else (int(width * scale), size)
+  # The longer side is truncated, as torchvision does; in whole numbers, or 5:45 gives 2015 for 2016.
+  short = min(width, height)
+  new = size * width // short, size * height // short
   if new != image.size:
     image = image.resize(new, Image.Resampling.BICUBIC)
   left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
@@ -96,7 +143,8 @@ def augment(image, size, random, *, crop_scale, color_jitter=0.0, flip=0.0, rota
   height, width = image.shape[:2]
   left, top, right, bottom = _crop_box(width, height, random, crop_scale)
   if rotation:
-    turn = cv2.getRotationMatrix2D((width / 2, height / 2), random.uniform(-rotation, rotation), 1)
+    middle = (width - 1) / 2, (height - 1) / 2  # OpenCV counts from the middle of the first pixel
+    turn = cv2.getRotationMatrix2D(middle, random.uniform(-rotation, rotation), 1)
     image = cv2.warpAffine(image, turn, (width, height), borderValue=(255, 255, 255))
   box = (left, top, right, bottom)
   result = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -45,7 +45,7 @@ def positions_of_step(step, batch, rows=None):
     int64 array of positions.
   """
   rows = np.arange(batch) if rows is None else np.asarray(rows)
-  return step * batch + rows.astype(np.int64)
+  return int(step) * int(batch) + rows.astype(np.int64)
 
 
 def substitute(seed, length, index, attempt):

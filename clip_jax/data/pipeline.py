@@ -99,8 +99,11 @@ class BadRecords:
     self._written = set()
     self.tried = self.bad = 0
     if path is not None and os.path.exists(path):
-      with open(path, encoding="utf-8") as file:
-        self._written = {json.loads(line)["index"] for line in file if line.endswith("\n")}
+      with open(path, "r+b") as file:
+        # What a killed run was still writing goes, or the next line would be glued to it.
+        whole = file.read().rpartition(b"\n")[0]
+        file.truncate(len(whole) + 1 if whole else 0)
+      self._written = {json.loads(line)["index"] for line in whole.splitlines()}
 
   def count(self, tried):
     """Counts records that were tried, bad ones included."""
@@ -191,5 +194,8 @@ def _in_threads(load, start, stop, data, chunks):
 
 
 def _joined(loaded, chunks):
-  while parts := list(itertools.islice(loaded, chunks)):
-    yield {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+  try:
+    while parts := list(itertools.islice(loaded, chunks)):
+      yield {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+  finally:
+    loaded.close()  # or a process that stops early would first load all that is queued

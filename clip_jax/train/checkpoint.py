@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -33,12 +34,16 @@ class Checkpoints:
     # Orbax logs each internal step at INFO and WARNING; what matters to a person is said by the loop.
     logging.getLogger("absl").setLevel(logging.ERROR)
     self._config = config
+    folder = (Path(workdir) / "checkpoints").absolute()
+    if jax.process_index() == 0:
+      # Orbax can do this too, but in a thread that outlives a run which ends at once.
+      for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # of a save that was killed
     self._manager = ocp.CheckpointManager(
-      (Path(workdir) / "checkpoints").absolute(),
+      folder,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=config.checkpoint.keep_last,
         keep_period=config.checkpoint.keep_every,
-        cleanup_tmp_directories=True,  # what a killed save has left
         # Whether to save is the hook's decision.
         enable_should_save_is_saving_in_progress_check=False,
       ),

@@ -77,17 +77,18 @@ class Log:
 class Evaluate:
   """Runs the evaluators at their period, and all of them at the end of the run."""
 
-  def __init__(self, evaluators, writer, config, clock, workdir):
+  def __init__(self, evaluators, log, writer, config, clock, workdir):
     """Prepares.
 
     Args:
-      evaluators: functions from parameters to a dict of metrics and examples or None.
+      evaluators: functions from parameters to a dict of metrics and a list of examples.
+      log: the `Log`, which writes what is pending before each evaluation.
       writer: a `MetricsWriter`.
       config: a resolved `Config`.
       clock: the loop's `Clock`.
       workdir: where `examples.json` is written.
     """
-    self._evaluators, self._writer, self._clock = evaluators, writer, clock
+    self._evaluators, self._log, self._writer, self._clock = evaluators, log, writer, clock
     self._train, self._every, self._workdir = config.train, config.eval.every, workdir
 
   def __call__(self, step, state, metrics):
@@ -95,6 +96,7 @@ class Evaluate:
     last = step == self._train.steps
     if not self._evaluators or not (last or self._every and step % self._every == 0):
       return
+    self._log.flush()  # waits for the step, which is not time beside training
     with self._clock.paused():
       values, examples = {}, []
       for evaluator in self._evaluators:
@@ -133,9 +135,9 @@ class Save:
     """Saves, unless this step is saved already."""
     if self._checkpoints.latest_step() == step:
       return
+    # A checkpoint must never be ahead of the lines before it: a resumed run would not write them.
+    self._log.flush()
     with self._clock.paused():
-      # A checkpoint must never be ahead of the lines before it: a resumed run would not write them.
-      self._log.flush()
       self._writer.sync()
       self._checkpoints.save(step, state)
 

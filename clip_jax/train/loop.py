@@ -64,10 +64,15 @@ def run(config, workdir):
   config = configs.resolve(config)
   workdir = Path(workdir)
   mesh = meshes.create(config)
-  claim(workdir, config)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UsageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
   checkpoints = Checkpoints(workdir, config)
   try:
     start = checkpoints.latest_step() or 0
+    if start:
+      check_same_run(workdir, config)
     if start >= config.train.steps:
       return Result(start, config.train.steps, start)
     return _train(config, workdir, mesh, checkpoints, start)
@@ -75,32 +80,37 @@ def run(config, workdir):
     checkpoints.close()
 
 
-def claim(workdir, config):
-  """Makes a work directory this run's, or checks that it already is.
+def check_same_run(workdir, config):
+  """Checks that a work directory with checkpoints belongs to a run with this config.
 
   Args:
     workdir: the folder.
     config: a resolved `Config`.
 
   Raises:
-    ConfigError: it belongs to a run with another config; the message names the first difference.
+    ConfigError: it belongs to another; the message names the first difference.
   """
   path = workdir / "config.json"
-  mine = json.loads(json.dumps(configs.to_dict(config)))
-  if path.exists():
-    for key, old, new in differences(json.loads(path.read_text()), mine):
-      if not key.startswith(FREE_TO_CHANGE):
-        raise ConfigError(
-          f"{workdir} holds a run with config.{key}={old!r}, and this config has {new!r}; "
-          "use another --workdir, or the config of that run."
-        )
-  if jax.process_index() == 0:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise UsageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
-    write_text(path, json.dumps(mine, indent=2) + "\n")
-    write_text(workdir / "environment.json", json.dumps(environment.describe(), indent=2) + "\n")
+  try:
+    saved = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UsageError(f"{workdir} holds checkpoints, but {path} cannot be read ({error}).") from error
+  for key, old, new in differences(saved, _as_json(config)):
+    if not key.startswith(FREE_TO_CHANGE):
+      raise ConfigError(
+        f"{workdir} holds a run with config.{key}={old!r}, and this config has {new!r}; "
+        "use another --workdir, or the config of that run."
+      )
+
+
+def describe_run(workdir, config):
+  """Writes `config.json` and `environment.json`."""
+  write_text(workdir / "config.json", json.dumps(_as_json(config), indent=2) + "\n")
+  write_text(workdir / "environment.json", json.dumps(environment.describe(), indent=2) + "\n")
+
+
+def _as_json(config):
+  return json.loads(json.dumps(configs.to_dict(config)))
 
 
 def differences(old, new, prefix=""):
@@ -119,16 +129,18 @@ def _train(config, workdir, mesh, checkpoints, start):
     config.data.source, config.data.path, allow_truncated=config.data.allow_truncated
   )
   evaluators = create_evaluators(config, mesh, source)
+  main = jax.process_index() == 0
+  if main:  # only now: a run that cannot open its data leaves no trace of its config
+    describe_run(workdir, config)
   if start:
     state = checkpoints.restore(states.describe(config, mesh)[0])
   else:
     state = states.create(config, mesh)
-  main = jax.process_index() == 0
   writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
   log = hooks.Log(writer, config, clock, start, progress or (lambda step, values: None))
   save = hooks.Save(checkpoints, log, writer, config, clock)
-  every_step = (log, hooks.Evaluate(evaluators, writer, config, clock, workdir), save)
+  every_step = (log, hooks.Evaluate(evaluators, log, writer, config, clock, workdir), save)
 
   bad = pipeline.BadRecords(workdir / "bad_records.jsonl", config.data.max_bad_share)
   rows = rules.local_rows(mesh, batch)

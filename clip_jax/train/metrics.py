@@ -1,6 +1,7 @@
 """What a run measured, on disk: `metrics.jsonl` and TensorBoard files."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -35,7 +36,9 @@ class MetricsWriter:
       samples_seen: training pairs seen.
       values: a dict of name to float.
     """
-    line = {"step": step, "samples_seen": samples_seen, "time": time.time(), **values}
+    # JSON has no NaN: a reader in another language would stop at the line.
+    known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    line = {"step": step, "samples_seen": samples_seen, "time": time.time(), **known}
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
     for name, value in values.items():

@@ -72,13 +72,12 @@ class TarSource:
     path, row = self._locate(index)
     # Opened for each record: a descriptor kept for each of 10,000 shards would be over the usual limit.
     try:
-      file = open(path, "rb", buffering=0)
+      with open(path, "rb", buffering=0) as file:
+        image, name = _read_member(file, row["image"], row["image_size"])
+        caption, _ = _read_member(file, row["caption"], row["caption_size"])
+        label = _read_member(file, row["label"], row["label_size"])[0] if row["label_size"] else None
     except FileNotFoundError:
-      raise DataError(f"{path} is no longer there; it has been removed since it was indexed.") from None
-    with file:
-      image, name = _read_member(file, row["image"], row["image_size"])
-      caption, _ = _read_member(file, row["caption"], row["caption_size"])
-      label = _read_member(file, row["label"], row["label_size"])[0] if row["label_size"] else None
+      raise DataError(f"{path} is not there any more; it was when it was indexed.") from None
     key = f"{Path(path).name}/{name}"
     captions = _captions(caption, CAPTIONS[row["caption_kind"]], key)
     return Record(image, captions, key, None if label is None else _label(label, key))
@@ -130,9 +129,14 @@ def index_shards(paths, *, allow_truncated=False, rebuild=False, log=None):
   for number, path in enumerate(paths, 1):
     table = None if rebuild else _load(path, allow_truncated)
     if table is None:
-      # Taken before the scan: an index of a shard that is being written must not look up to date.
-      stamp = _stamp(path)
-      table, cut = scan(path)
+      try:
+        # Taken before the scan: an index of a shard that is being written must not look up to date.
+        stamp = _stamp(path)
+        table, cut = scan(path)
+      except OSError as error:
+        raise DataError(
+          f"{path} cannot be read ({error.strerror}). The pattern must match tar shards, such as 'DIR/*.tar'."
+        ) from error
       if cut and not allow_truncated:
         raise DataError(f"{path}: {cut} Re-download it, or set data.allow_truncated=True.")
       _save(path, table, stamp, bool(cut))
@@ -154,15 +158,10 @@ def scan(path):
     or a caption are not in it, and neither is the record that the cut goes through.
 
   Raises:
-    DataError: not a tar archive, or not readable.
+    DataError: not a tar archive.
   """
   records = {}
-  try:
-    reason, beyond = _read_headers(path, records)
-  except OSError as error:
-    raise DataError(
-      f"{path} cannot be read ({error.strerror}). The pattern must match tar shards, such as 'DIR/*.tar'."
-    ) from error
+  reason, beyond = _read_headers(path, records)
   if reason:
     _drop_unfinished(records, beyond)
   rows = [row for parts in records.values() if (row := _row(parts))]
@@ -179,8 +178,9 @@ def _read_headers(path, records):
         base, _, extension = member.name.rpartition("/")[2].partition(".")
         key = f"{os.path.dirname(member.name)}/{base}"
         plain = member.isreg() and not member.issparse()
-        # An offset that goes back is a damaged size, and would be read in circles.
-        if (plain and member.offset_data + member.size > size) or tar.offset < member.offset_data:
+        whole = not plain or 0 <= member.size <= size - member.offset_data
+        # An offset that goes back comes from a damaged size, and would be followed in circles.
+        if not whole or tar.offset < member.offset_data:
           return f"member {member.name} at byte {member.offset_data:,}", key
         if plain:
           records.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
@@ -268,7 +268,7 @@ def _read_member(file, offset, size):
   raw = os.pread(file.fileno(), int(size) + BLOCK, start)
   if len(raw) != int(size) + BLOCK:
     raise DataError(f"{file.name}: ends before byte {int(offset + size):,}; it has changed since it was indexed.")
-  if not re.fullmatch(rb"0*%o[\0 ]*" % size, raw[124:136]):
+  if not re.fullmatch(rb"[0 ]*%o[\0 ]*" % size, raw[124:136]):
     raise DataError(f"{file.name}: no member of {size:,} bytes at byte {start:,}; it has changed since it was indexed.")
   return raw[BLOCK:], raw[:100].rstrip(b"\0").decode("utf-8", "replace")
 

@@ -1,0 +1,219 @@
+"""`python main.py` as people run it: in real processes, killed, stopped, resumed, on several hosts."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "tests/end_to_end/recipe.py"
+
+
+@pytest.fixture(scope="module")
+def start(colors, tmp_path_factory):
+  """A function that starts main.py: workdir, devices, overrides -> a running process."""
+  cache = tmp_path_factory.mktemp("cache")
+
+  def start(workdir, *overrides, devices=1, environment=()):
+    command = [
+      *(sys.executable, "main.py", f"--config={RECIPE}", f"--workdir={workdir}"),
+      *(f"--config.data.path={colors}", *overrides),
+    ]
+    variables = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "CLIP_JAX_CACHE": str(cache)}
+    variables |= {"JAX_PLATFORMS": "cpu", **dict(environment)}
+    return subprocess.Popen(
+      command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+  return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
+  """The work directory of a run that nothing happened to."""
+  workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+  finish(start(workdir))
+  return workdir
+
+
+def finish(process, code=0):
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+  return out, err
+
+
+def training_lines(workdir):
+  text = (workdir / "metrics.jsonl").read_text()
+  lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+  return [line for line in lines if "loss" in line]
+
+
+def final_state(workdir):
+  """Every array of the last checkpoint, parameters and moments, by name."""
+  last = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  tree = checkpointer.metadata(last / "state").item_metadata.tree
+  # As NumPy arrays: the devices it was saved from may not be here.
+  arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+  state = checkpointer.restore(last / "state", args=ocp.args.PyTreeRestore(restore_args=arguments))
+  return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def wait_for_step(process, workdir, step):
+  deadline = time.monotonic() + 200
+  while time.monotonic() < deadline:
+    if process.poll() is not None:
+      pytest.fail(f"ended before step {step}: {process.communicate()}")
+    if (workdir / "metrics.jsonl").exists():
+      lines = training_lines(workdir)
+      if lines and lines[-1]["step"] >= step:
+        return
+    time.sleep(0.01)
+  pytest.fail(f"step {step} did not come")
+
+
+def assert_same_run(workdir, reference):
+  """Each step once, the same losses to the last bit, the same final state to the last bit."""
+  ours, theirs = training_lines(workdir), training_lines(reference)
+  assert [line["step"] for line in ours] == list(range(1, 41))
+  assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+  got, want = final_state(workdir), final_state(reference)
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    assert got[name].tobytes() == value.tobytes(), name
+
+
+def test_training_learns_and_leaves_what_the_contract_says(undisturbed):
+  lines = training_lines(undisturbed)
+  # Sixteen pairs of eight colours: half of the batch are duplicates, so ln 2 is about the best.
+  assert lines[0]["loss"] > 2.6 and np.mean([line["loss"] for line in lines[-5:]]) < 1.6
+  for key in ("step", "samples_seen", "time", "learning_rate", "gradient_norm", "samples_per_second"):
+    assert all(np.isfinite(line[key]) for line in lines), key
+  assert lines[-1]["samples_seen"] == 40 * 16
+  config = json.loads((undisturbed / "config.json").read_text())
+  assert config["train"]["steps"] == 40 and config["model"]["vision"]["mlp_width"] == 128
+  assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["35", "40"]
+  assert list((undisturbed / "tensorboard").iterdir())
+  assert "<html" in (undisturbed / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_run_ends_bit_identical(start, undisturbed, tmp_path):
+  moments = random.Random(7)
+  workdir = tmp_path / "run"
+  for _ in range(3):
+    process = start(workdir)
+    seen = training_lines(workdir)[-1]["step"] if (workdir / "metrics.jsonl").exists() else 0
+    wait_for_step(process, workdir, min(seen + moments.randint(1, 12), 39))
+    time.sleep(moments.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  finish(start(workdir))
+  assert_same_run(workdir, undisturbed)
+  assert not list(workdir.rglob("*tmp*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_stopped_by_a_signal_it_saves_says_so_and_goes_on(start, undisturbed, tmp_path, number):
+  workdir = tmp_path / "run"
+  process = start(workdir)
+  wait_for_step(process, workdir, 7)
+  process.send_signal(number)
+  out, err = finish(process, code=75)
+  step = int(re.search(r"Stopped after step (\d+) of 40, all saved", out)[1])
+  assert step >= 7 and (workdir / "checkpoints" / str(step)).is_dir()
+  assert f"{number.name}: finishing this step and saving" in err
+  finish(start(workdir))
+  assert_same_run(workdir, undisturbed)
+
+
+def test_a_complete_run_says_so_and_does_nothing(start, undisturbed):
+  before = (undisturbed / "metrics.jsonl").read_bytes()
+  out, _ = finish(start(undisturbed))
+  assert "is complete: all 40 steps are done" in out
+  assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resume_with_another_config_is_refused(start, undisturbed):
+  _, err = finish(start(undisturbed, "--config.optimizer.learning_rate=0.5"), code=2)
+  assert "holds a run with config.optimizer.learning_rate=0.001, and this config has 0.5" in err
+  assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_another_device_count_resumes_with_the_same_examples(start, undisturbed, tmp_path):
+  workdir = tmp_path / "run"
+  process = start(workdir, "--config.mesh.fsdp=2", devices=4)
+  wait_for_step(process, workdir, 12)
+  process.send_signal(signal.SIGTERM)
+  finish(process, code=75)
+  finish(start(workdir, devices=2))
+  ours, theirs = training_lines(workdir), training_lines(undisturbed)
+  assert [line["step"] for line in ours] == list(range(1, 41))
+  # Other devices add in another order; other examples would be off by far more.
+  np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], rtol=2e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(start, undisturbed, colors, tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  workdir = tmp_path / "run"
+  evaluation = "--config.eval.every=20"
+  processes = [
+    start(
+      workdir,
+      evaluation,
+      environment={
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(number),
+      },
+    )
+    for number in range(2)
+  ]
+  for process in processes:
+    finish(process)
+  ours, theirs = training_lines(workdir), training_lines(undisturbed)
+  assert [line["step"] for line in ours] == list(range(1, 41))
+  np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], rtol=2e-4)
+  got, want = final_state(workdir), final_state(undisturbed)
+  for name, value in want.items():
+    if ".mu" not in name and ".nu" not in name:
+      np.testing.assert_allclose(got[name], value, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--config=nowhere.py", "--workdir=x"], "No such file"),
+    (["--workdir=x"], "--config is missing"),
+    ([f"--config={RECIPE}"], "--workdir is missing"),
+    ([f"--config={RECIPE}", "--workdir=x", "--config.train.stepz=1"], "Did you mean steps?"),
+    ([f"--config={RECIPE}", "--workdir=x", "--config.train.steps=soon"], "train.steps=soon"),
+    ([f"--config={RECIPE}", "--workdir=x", "--speed=1"], "Unknown command line flag 'speed'"),
+    ([f"--config={RECIPE}", "--workdir=x", "train"], "'train' is not a flag"),
+    ([f"--config={RECIPE}", "--workdir=/proc/x", "--config.data.path=x"], "--workdir=/proc/x cannot be made"),
+    ([f"--config={RECIPE}", "--workdir=WORK", "--config.data.path=none/*.tar"], "none/*.tar: no such file"),
+    ([f"--config={RECIPE}", "--workdir=WORK", "--config.model.vision.heads=5"], "does not divide"),
+  ],
+  ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments, message, tmp_path):
+  arguments = [a.replace("WORK", str(tmp_path / "run")) for a in arguments]
+  done = subprocess.run([sys.executable, "main.py", *arguments], cwd=ROOT, text=True, capture_output=True)
+  assert done.returncode == 2, done.stderr
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
