@@ -46,6 +46,7 @@ EXTRAS = {
     "hypothesis>=6.130",
     "instant-clip-tokenizer>=0.1.1",
     "pytest>=8.3",
+    "regex>=2024.11",
     "ruff>=0.11",
     "transformers>=5.0",
   ],

@@ -12,13 +12,13 @@ def get_config(split="test"):
   training, held_out = {"test": ("{noto,openmoji}", "twemoji"), "validation": ("noto", "openmoji")}[split]
   config = base.get_config()
 
-  config.model.image_size = 32
+  config.model.image_size = 48
   config.model.embed_dim = 128
   config.model.compute_dtype = "float32"  # faster than bfloat16 on most processors
-  config.model.vision.patch_size = 8
-  config.model.vision.width = 192
+  config.model.vision.patch_size = 16
+  config.model.vision.width = 256
   config.model.vision.layers = 4
-  config.model.vision.heads = 3
+  config.model.vision.heads = 4
   config.model.text.context_length = 16
   config.model.text.width = 128
   config.model.text.layers = 2

@@ -96,14 +96,14 @@ class BadRecords:
     """
     self._path, self._max_share = path, max_share
     self._lock = threading.Lock()
-    self._written = set()
     self.tried = self.bad = 0
+    lines = []
     if path is not None and os.path.exists(path):
-      with open(path, "r+b") as file:
-        # What a killed run was still writing goes, or the next line would be glued to it.
-        whole = file.read().rpartition(b"\n")[0]
-        file.truncate(len(whole) + 1 if whole else 0)
-      self._written = {json.loads(line)["index"] for line in whole.splitlines()}
+      with open(path, "rb") as file:
+        lines = file.readlines()
+    self._written = {_index_of(line) for line in lines}
+    # A killed run may have left part of a line, which must not be glued to the next one.
+    self._before = "\n" if lines and not lines[-1].endswith(b"\n") else ""
 
   def count(self, tried):
     """Counts records that were tried, bad ones included."""
@@ -117,7 +117,7 @@ class BadRecords:
       index: its number in the data set.
       key: its name.
       error: why it cannot be read.
-      substitute: the record that took its place.
+      substitute: the record that takes its place, if that can be read.
 
     Raises:
       DataError: too many are bad.
@@ -128,13 +128,21 @@ class BadRecords:
         self._written.add(index)
         line = {"index": int(index), "key": key, "error": str(error), "substitute": int(substitute)}
         with open(self._path, "a", encoding="utf-8") as file:
-          file.write(json.dumps(line, ensure_ascii=False) + "\n")
+          file.write(self._before + json.dumps(line, ensure_ascii=False) + "\n")
+        self._before = ""
       if self.tried >= MIN_RECORDS_TO_JUDGE and self.bad > self._max_share * self.tried:
         where = f" They are listed in {self._path}." if self._path is not None else ""
         raise DataError(
           f"{self.bad:,} of {self.tried:,} records could not be read, more than "
           f"data.max_bad_share={self._max_share:g} allows; the last was {key} ({error}).{where}"
         )
+
+
+def _index_of(line):
+  try:
+    return json.loads(line)["index"]
+  except (ValueError, KeyError, TypeError):
+    return None  # part of a line
 
 
 class _TrainLoader:
@@ -174,11 +182,16 @@ class _TrainLoader:
         record = self._source[index]
         return record, images.decode(record.image)
       except (DataError, images.DecodeError) as error:
-        bad, index = index, order.substitute(self._data.seed, len(self._source), wanted, attempt)
-        self._bad_records.report(bad, self._source.key(bad), error, index)
+        # Its own first substitute is written down, also where it was met as the substitute of another.
+        first = self._substitute(index, 1)
+        self._bad_records.report(index, self._source.key(index), error, first)
+        index = self._substitute(wanted, attempt)
     raise DataError(
       f"{self._source.key(wanted)}: neither it nor {MAX_SUBSTITUTES} substitutes could be read."
     )
+
+  def _substitute(self, index, attempt):
+    return order.substitute(self._data.seed, len(self._source), index, attempt)
 
   def _choose(self, captions, random):
     if len(captions) > 1 and random.random() < self._data.other_captions:

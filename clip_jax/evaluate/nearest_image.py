@@ -4,15 +4,19 @@ Similarity is the cosine of a vector of pixels and gradient histograms (Dalal & 
 give names that it has seen.
 """
 
+import math
+
 import numpy as np
 
 from clip_jax.data import images
+from clip_jax.errors import DataError
 from clip_jax.evaluate.search import nearest
 
 SIZE = 32
 CELL = 4  # pixels a side
 ORIENTATIONS = 9  # of the half circle: a dark edge on light is the same edge as light on dark
-# More neighbours than names wanted: several drawings of one name count once.
+# More neighbours than names wanted: several drawings of one name count once. Where they are not enough,
+# more are looked at.
 _NEIGHBOURS = 40
 
 
@@ -20,17 +24,17 @@ def scores(training, held_out, ks=(1, 5)):
   """Recall at K of names, by the nearest training images.
 
   Args:
-    training: a `Source` of named images (its first captions are the names).
+    training: a `Source` of named images (its first captions are the names); records that cannot be
+      read are passed over, as in training.
     held_out: a `Source` of images whose first captions are to be found.
     ks: the K of R@K.
 
   Returns:
     A dict of "nearest_pixels_R@K", fractions.
   """
-  names, known = _described(training)
+  names, known = _described(training, passed_over=(DataError, images.DecodeError))
   wanted, queries = _described(held_out)
-  found, _ = nearest(queries, known, min(_NEIGHBOURS, len(names)))
-  ranked = [list(dict.fromkeys(names[i] for i in row)) for row in found]
+  ranked = _ranked_names(queries, known, names, max(ks))
   return {
     f"nearest_pixels_R@{k}": float(np.mean([w in r[:k] for w, r in zip(wanted, ranked, strict=True)]))
     for k in ks
@@ -44,13 +48,14 @@ def describe(image):
     image: uint8 [height, width, 3].
 
   Returns:
-    float32 vector of unit length: half of its square is pixels, half gradient histograms.
+    float32 vector of unit length: half of its square is pixels, half gradient histograms. A half in
+    which nothing varies is zero.
   """
   small = images.resize_and_crop(image, SIZE)
   pixels = small.astype(np.float32).ravel()
   pixels -= pixels.mean()
   parts = [part / max(np.linalg.norm(part), 1e-6) for part in (pixels, gradient_histograms(small))]
-  return np.concatenate(parts).astype(np.float32) / np.sqrt(2)
+  return np.concatenate(parts).astype(np.float32) / math.sqrt(2)
 
 
 def gradient_histograms(image):
@@ -78,7 +83,25 @@ def gradient_histograms(image):
   return (blocks / (np.linalg.norm(blocks, axis=-1, keepdims=True) + 1)).ravel()
 
 
-def _described(source):
-  records = [source[i] for i in range(len(source))]
-  vectors = [describe(images.decode(record.image)) for record in records]
-  return [record.captions[0] for record in records], np.stack(vectors)
+def _ranked_names(queries, known, names, count):
+  # For each query different names, best first: `count` of them at least, or all there are.
+  wanted = min(count, len(set(names)))
+  neighbours = _NEIGHBOURS
+  while True:
+    found, _ = nearest(queries, known, neighbours)
+    ranked = [list(dict.fromkeys(names[i] for i in row)) for row in found]
+    if min(map(len, ranked)) >= wanted:
+      return ranked
+    neighbours *= 4
+
+
+def _described(source, passed_over=()):
+  names, vectors = [], []
+  for i in range(len(source)):
+    try:
+      record = source[i]
+      vectors.append(describe(images.decode(record.image)))
+    except passed_over:
+      continue
+    names.append(record.captions[0])
+  return names, np.stack(vectors)

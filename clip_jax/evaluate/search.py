@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 1_024  # queries scored at a time
-CHUNK = 4_096  # candidates scored at a time: memory is BLOCK x CHUNK float32
+CHUNK = 4_096  # candidates scored at a time
 
 
 def nearest(queries, candidates, k):
   """The k candidates with the largest inner product, for each query.
 
-  Never holds more scores than BLOCK x CHUNK. Equal scores are ranked by candidate number.
+  Never holds more scores than BLOCK x (CHUNK + k). Equal scores are ranked by candidate number.
 
   Args:
     queries: float32 [n, embed].

@@ -55,18 +55,30 @@ class CLIP(nn.Module):
     init = parameter(nn.initializers.constant(LOGIT_SCALE_INIT))
     self.logit_scale = self.param("logit_scale", init, ())
 
-  def encode_image(self, images):
-    """uint8 [batch, size, size, 3] -> float32 [batch, embed_dim], L2-normalised."""
+  def encode_image(self, images, normalize=True):
+    """uint8 [batch, size, size, 3] -> float32 [batch, embed_dim], of unit length if `normalize`."""
     pixels = normalize_pixels(images, self.config.image_mean, self.config.image_std)
-    return l2_normalize(self.image(pixels))
+    return _embedding(self.image(pixels), normalize)
 
-  def encode_text(self, tokens):
-    """int32 [batch, context_length] -> float32 [batch, embed_dim], L2-normalised."""
-    return l2_normalize(self.text(tokens))
+  def encode_text(self, tokens, normalize=True):
+    """int32 [batch, context_length] -> float32 [batch, embed_dim], of unit length if `normalize`."""
+    return _embedding(self.text(tokens), normalize)
 
   def __call__(self, images, tokens):
     """Both embeddings and the logit scale, exponentiated."""
     return self.encode_image(images), self.encode_text(tokens), jnp.exp(self.logit_scale)
+
+
+def parameter_count(config):
+  """Number of parameters of a model, counted without making them.
+
+  Args:
+    config: a resolved `clip_jax.config.Model`.
+  """
+  size, context = config.image_size, config.text.context_length
+  images, tokens = jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, context), jnp.int32)
+  shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0), images, tokens)
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def normalize_pixels(images, mean, std):
@@ -79,3 +91,7 @@ def l2_normalize(x):
   """Rows of unit length, in float32; a row of zeros stays zero and has a finite gradient."""
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
+def _embedding(x, normalize):
+  return l2_normalize(x) if normalize else x.astype(jnp.float32)

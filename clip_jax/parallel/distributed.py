@@ -18,17 +18,20 @@ def initialize():
   variables. Anything else sets the three variables of `BY_HAND`.
 
   Raises:
-    UsageError: only some of those variables are set.
+    UsageError: only some of those variables are set, or to what cannot be.
   """
   given = [name for name in BY_HAND if name in os.environ]
   if len(given) == len(BY_HAND):
     address, count, number = (os.environ[name] for name in BY_HAND)
-    if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
+    if ":" not in address:
+      raise UsageError(f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT.")
+    if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
       raise UsageError(
         f"JAX_PROCESS_ID={number} and JAX_NUM_PROCESSES={count} must be whole numbers, the first smaller."
       )
     jax.distributed.initialize(address, int(count), int(number))
-  elif "JAX_NUM_PROCESSES" in given or "JAX_PROCESS_ID" in given:
+  # The address alone is for a launcher's processes, whose number it knows; jax.distributed reads it.
+  elif given and not (given == ["JAX_COORDINATOR_ADDRESS"] and _launched_with_others()):
     missing = ", ".join(name for name in BY_HAND if name not in given)
     raise UsageError(f"{', '.join(given)} set without {missing}; set all three, or none.")
   elif _launched_with_others():

@@ -1,5 +1,7 @@
 """Which mesh axis each logical axis of an array is sharded over, and arrays placed by those rules."""
 
+import math
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -7,8 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax.parallel.mesh import BATCH_AXES
 
-# Logical axis -> mesh axis, first match wins. A rule is skipped where the mesh axis does not divide the
-# dimension or is taken by an earlier dimension of the same array.
+# Logical axis -> mesh axis, first match wins. A dimension that the mesh axis does not divide, or whose
+# mesh axis is taken by an earlier dimension of the same array, is not sharded.
 SHARDING = (
   ("embed", "fsdp"),
   ("heads", "tensor"),
@@ -45,10 +47,12 @@ def shardings_of(boxed, mesh, rules=SHARDING):
       return replicated(mesh)
     taken, spec = set(), []
     for size, name in zip(leaf.value.shape, leaf.names, strict=True):
-      axis = table.get(name)
-      fits = axis is not None and axis not in taken and size % mesh.shape[axis] == 0
-      spec.append(axis if fits else None)
-      taken.add(axis)
+      axes = table.get(name) or ()
+      axes = (axes,) if isinstance(axes, str) else tuple(axes)
+      if size % math.prod(mesh.shape[axis] for axis in axes) or not taken.isdisjoint(axes):
+        axes = ()
+      taken.update(axes)
+      spec.append(axes or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
   return jax.tree.map(place, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

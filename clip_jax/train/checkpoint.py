@@ -16,6 +16,9 @@ from clip_jax.errors import UsageError
 # Number of the layout of a checkpoint; a reader refuses one that it does not know.
 FORMAT = 1
 
+# Orbax logs each internal step at INFO and WARNING; what matters to a person is said by the loop.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
 
 class Checkpoints:
   """The folder `checkpoints/STEP/` of a work directory.
@@ -31,8 +34,6 @@ class Checkpoints:
       workdir: the run's work directory.
       config: a resolved `Config`.
     """
-    # Orbax logs each internal step at INFO and WARNING; what matters to a person is said by the loop.
-    logging.getLogger("absl").setLevel(logging.ERROR)
     self._config = config
     folder = (Path(workdir) / "checkpoints").absolute()
     if jax.process_index() == 0:

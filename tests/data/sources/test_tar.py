@@ -224,7 +224,7 @@ def test_a_malformed_record_is_named(tmp_path, name, content, message):
   assert "a.tar/bad.jpg" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "a/../../../escaped", "..\\escaped", "~/escaped"])
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "a/../../../escaped", "c:\\escaped", "~/escaped"])
 def test_hostile_names_never_touch_the_file_system(tmp_path, name):
   """A name only says which members belong together: records are read, and no file is made anywhere."""
   room = tmp_path / "room" / "inner"

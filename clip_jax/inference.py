@@ -1,0 +1,117 @@
+"""Using a trained model from Python: images and texts to embeddings."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from clip_jax.data import images
+from clip_jax.data.pipeline import tokenizer_for
+from clip_jax.errors import UsageError
+from clip_jax.models.clip import CLIP
+from clip_jax.train import checkpoint
+
+
+class Model:
+  """A model and what belongs to it.
+
+  Attributes:
+    config: the `clip_jax.config.Model` it was trained as.
+    module: the linen module; `module.apply({"params": params}, images, tokens)`.
+    params: its parameters.
+  """
+
+  def __init__(self, config, params):
+    """Puts the parameters on the default device.
+
+    Args:
+      config: a resolved `clip_jax.config.Model`.
+      params: the nested dict of arrays that `CLIP` takes.
+    """
+    self.config, self.module = config, CLIP(config)
+    self.params = jax.tree.map(jax.numpy.asarray, params)
+    self._tokenizer = tokenizer_for(config)
+
+  @property
+  def logit_scale(self):
+    """What cosine similarities are multiplied by."""
+    return float(np.exp(self.params["logit_scale"]))
+
+  @property
+  def logit_bias(self):
+    """What is added to logits: nothing, in a model trained with the softmax loss."""
+    return 0.0
+
+  def preprocess(self, image):
+    """A PIL image as the model wants it: uint8 [size, size, 3]."""
+    return images.resize_and_crop(image, self.config.image_size)
+
+  def tokenize(self, texts):
+    """A string or a list of strings as int32 [n, context_length]."""
+    return self._tokenizer(texts)
+
+  def encode_image(self, pixels, *, normalize=True):
+    """Embeds images.
+
+    Args:
+      pixels: uint8 [n, size, size, 3], or one [size, size, 3].
+      normalize: whether rows get unit length.
+
+    Returns:
+      float32 [n, embed_dim].
+    """
+    pixels = np.asarray(pixels)
+    pixels = pixels[None] if pixels.ndim == 3 else pixels
+    size = self.config.image_size
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (size, size, 3):
+      raise ValueError(
+        f"pixels are {pixels.dtype} {list(pixels.shape)}; expected uint8 [n, {size}, {size}, 3], "
+        "as model.preprocess gives."
+      )
+    return np.asarray(self._encode("encode_image", normalize)(self.params, pixels))
+
+  def encode_text(self, tokens, *, normalize=True):
+    """Embeds texts.
+
+    Args:
+      tokens: int32 [n, context_length], as `tokenize` gives.
+      normalize: whether rows get unit length.
+
+    Returns:
+      float32 [n, embed_dim].
+    """
+    tokens = np.asarray(tokens)
+    context = self.config.text.context_length
+    if tokens.ndim != 2 or tokens.shape[1] != context or tokens.dtype.kind not in "iu":
+      raise ValueError(
+        f"tokens are {tokens.dtype} {list(tokens.shape)}; expected int32 [n, {context}], as model.tokenize gives."
+      )
+    return np.asarray(self._encode("encode_text", normalize)(self.params, tokens))
+
+  @functools.cache  # noqa: B019  (a model is kept for as long as its compiled towers are of use)
+  def _encode(self, method, normalize):
+    def encode(params, batch):
+      return self.module.apply({"params": params}, batch, normalize=normalize, method=method)
+
+    return jax.jit(encode)
+
+
+def load(path):
+  """A trained model.
+
+  Args:
+    path: a work directory (its newest checkpoint is taken), or one `checkpoints/STEP` folder.
+
+  Returns:
+    A `Model`.
+
+  Raises:
+    UsageError: there is no checkpoint at that path.
+  """
+  path = Path(path)
+  steps = [p for p in (path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+  folder = max(steps, key=lambda p: int(p.name)) if steps else path
+  if not (folder / "card").is_dir():
+    raise UsageError(f"{path} holds no checkpoint: neither checkpoints/STEP/ nor card/ is in it.")
+  return Model(checkpoint.read_card(folder), checkpoint.read_params(folder))

@@ -1,0 +1,551 @@
+"""Decoding, the evaluation transform and augmentation, held against Pillow and against arithmetic."""
+
+import io
+import itertools
+import math
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from clip_jax.data import images
+from clip_jax.data.images import DecodeError, augment, decode, resize_and_crop
+
+WHOLE = dict(crop_scale=(1.0, 1.0))
+
+
+def picture(height=47, width=61, channels=3, seed=0):
+  """Smooth colours, so that JPEG has something to work with; odd sizes."""
+  coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, channels), dtype=np.uint8)
+  return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def noise(*shape, below=256, dtype=np.uint8, seed=0):
+  return np.random.default_rng(seed).integers(0, below, shape).astype(dtype)
+
+
+def encoded(image, format, **options):
+  buffer = io.BytesIO()
+  image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+  image.save(buffer, format, **options)
+  return buffer.getvalue()
+
+
+def by_pillow(data, mode="RGB"):
+  return np.asarray(Image.open(io.BytesIO(data)).convert(mode))
+
+
+def on_white(rgba):
+  """Porter & Duff's "over" in float64, rounded to the nearest level."""
+  alpha = rgba[..., 3:].astype(np.float64) / 255
+  return np.floor(rgba[..., :3] * alpha + 255 * (1 - alpha) + 0.5).astype(np.uint8)
+
+
+def chunk(kind, content):
+  return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width, height, depth, color, rows, *chunks):
+  """A PNG written from its specification, for what Pillow cannot write."""
+  header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+  data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+  return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + data + chunk(b"IEND", b"")
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("quality", [50, 95])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_as_pillow_decodes_it(subsampling, quality, progressive):
+  data = encoded(picture(), "JPEG", subsampling=subsampling, quality=quality, progressive=progressive)
+  difference = decode(data).astype(int) - by_pillow(data)
+  assert np.abs(difference).max() <= 2
+
+
+def test_grey_jpeg():
+  data = encoded(picture()[..., 0], "JPEG", quality=90)
+  got = decode(data)
+  assert got.shape == (47, 61, 3)
+  assert np.abs(got.astype(int) - by_pillow(data)).max() <= 2
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_lossless_formats_exactly(format):
+  pixels = noise(33, 20, 3)
+  got = decode(encoded(pixels, format, lossless=True))
+  assert got.dtype == np.uint8
+  np.testing.assert_array_equal(got, pixels)
+
+
+def test_lossy_webp_as_pillow_decodes_it():
+  data = encoded(picture(), "WEBP", quality=80)
+  assert np.abs(decode(data).astype(int) - by_pillow(data)).max() <= 2
+
+
+def test_interlaced_size_of_one_pixel():
+  np.testing.assert_array_equal(decode(encoded(noise(1, 1, 3), "PNG")), noise(1, 1, 3))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P"])
+def test_grey_black_and_white_and_palette_png(mode):
+  image = Image.fromarray(picture())
+  image = image.quantize(17) if mode == "P" else image.convert(mode)
+  np.testing.assert_array_equal(decode(encoded(image, "PNG")), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_transparency_is_set_on_white(format):
+  """All 256 values of alpha over all 256 values of colour."""
+  alpha, color = np.mgrid[0:256, 0:256].astype(np.uint8)
+  rgba = np.dstack([color, 255 - color, color // 2, alpha])
+  # exact: WebP would otherwise drop the colour of what is fully transparent.
+  got = decode(encoded(rgba, format, lossless=True, exact=True))
+  np.testing.assert_array_equal(got, on_white(rgba))
+  assert (got[0] == 255).all()
+
+
+def test_grey_with_alpha():
+  image = Image.fromarray(noise(30, 40, 4)).convert("LA")
+  want = on_white(np.asarray(image.convert("RGBA")))
+  np.testing.assert_array_equal(decode(encoded(image, "PNG")), want)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("transparency", [3, bytes(range(0, 255, 15))])
+def test_a_palette_with_transparency(transparency):
+  data = encoded(Image.fromarray(picture()).quantize(17), "PNG", transparency=transparency)
+  got = decode(data)
+  np.testing.assert_array_equal(got, on_white(by_pillow(data, "RGBA")))
+  assert (got != by_pillow(data)).any()
+
+
+def test_one_transparent_colour():
+  pixels = noise(20, 30, 3, below=4)
+  data = encoded(pixels, "PNG", transparency=(1, 2, 3))
+  want = np.where((pixels == (1, 2, 3)).all(-1, keepdims=True), 255, pixels)
+  assert (want == 255).any()
+  np.testing.assert_array_equal(decode(data), want)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_one_transparent_grey(depth):
+  """Formulas and drawings are often black on a transparent ground that is stored as black."""
+  values = noise(9, 16, below=2**depth, dtype=np.int64)
+  values[::2] = 0
+  if depth == 16:
+    rows, grey = [row.astype(">u2").tobytes() for row in values], values // 256
+  else:
+    bits = ["".join(f"{v:0{depth}b}" for v in row) for row in values]
+    rows = [int(row, 2).to_bytes(16 * depth // 8, "big") for row in bits]
+    grey = values * 255 // (2**depth - 1)
+  data = png(16, 9, depth, 0, rows, chunk(b"tRNS", struct.pack(">H", 0)))
+  want = np.where(values == 0, 255, grey).astype(np.uint8)
+  np.testing.assert_array_equal(decode(data), np.repeat(want[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(("channels", "color"), [(1, 0), (3, 2), (4, 6)])
+def test_sixteen_bits_keep_the_upper_eight(channels, color):
+  values = noise(20, 30, channels, below=2**16, dtype=np.int64)
+  data = png(30, 20, 16, color, [row.astype(">u2").tobytes() for row in values])
+  upper = (values // 256).astype(np.uint8)
+  want = on_white(upper) if channels == 4 else np.broadcast_to(upper, (20, 30, 3))
+  np.testing.assert_array_equal(decode(data), want)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation(format, orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  data = encoded(picture(), format, exif=exif, quality=95, lossless=True)
+  want = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+  got = decode(data)
+  assert got.shape == ((47, 61, 3) if orientation < 5 else (61, 47, 3))
+  assert np.abs(got.astype(int) - want).max() <= (2 if format == "JPEG" else 0)
+
+
+def test_exif_orientation_of_transparent_and_of_deep_images():
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  rgba = noise(5, 8, 4)
+  np.testing.assert_array_equal(
+    decode(encoded(rgba, "PNG", exif=exif)), on_white(np.rot90(rgba, k=-1))
+  )
+  deep = noise(5, 8, below=2**16, dtype=np.uint16)
+  want = np.rot90(deep // 256, k=-1)
+  np.testing.assert_array_equal(decode(encoded(deep, "PNG", exif=exif))[..., 0], want)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_damaged_exif_block_is_passed_over():
+  pixels = noise(5, 8, 3)
+  rows = [row.tobytes() for row in pixels]
+  for block in (b"", b"garbage", b"MM\0*\0\0\0\x08", b"II*\0" + b"\xff" * 40):
+    np.testing.assert_array_equal(decode(png(8, 5, 8, 2, rows, chunk(b"eXIf", block))), pixels)
+
+
+def test_cmyk_jpeg_is_the_complement_less_black():
+  """(1 - C)(1 - K), as Pillow does it: no colour profile is applied, and Adobe's inversion is undone."""
+  cmyk = Image.fromarray(picture(channels=4), "CMYK")
+  data = encoded(cmyk, "JPEG", quality=95, subsampling=0)
+  stored = np.asarray(Image.open(io.BytesIO(data))).astype(np.float64)
+  want = (255 - stored[..., :3]) * (255 - stored[..., 3:]) / 255
+  got = decode(data)
+  assert np.abs(got - want).max() <= 2
+  assert np.abs(got.astype(int) - by_pillow(data)).max() <= 2
+
+
+def test_the_first_frame_of_an_animation():
+  first, second = Image.fromarray(noise(9, 9, 3)), Image.fromarray(noise(9, 9, 3, seed=1))
+  for format in ("PNG", "WEBP"):
+    data = encoded(first, format, save_all=True, append_images=[second], lossless=True)
+    np.testing.assert_array_equal(decode(data), np.asarray(first))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+  format=st.sampled_from(["JPEG", "progressive", "PNG", "WEBP", "lossless"]),
+  share=st.floats(0, 1, exclude_max=True),
+)
+def test_a_cut_off_file_is_an_error(format, share):
+  options = {
+    "progressive": ("JPEG", dict(progressive=True)),
+    "lossless": ("WEBP", dict(lossless=True)),
+  }.get(format, (format, {}))
+  data = encoded(picture(), options[0], **options[1])
+  with pytest.raises(DecodeError):
+    decode(data[: int(share * len(data))])
+
+
+def test_an_empty_image():
+  with pytest.raises(DecodeError, match="the image is empty"):
+    decode(b"")
+
+
+@pytest.mark.parametrize("data", [b"\0", b"<html>404</html>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF" + bytes(40)])
+def test_what_is_no_image(data):
+  with pytest.raises(DecodeError, match="cannot be decoded"):
+    decode(data)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on what it makes of a damaged EXIF block
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), format=st.sampled_from(["JPEG", "PNG", "WEBP"]))
+def test_damage_is_an_image_or_an_error_of_ours(data, format):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  content = bytearray(encoded(picture(20, 30), format, exif=exif))
+  for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=10)):
+    content[at] = data.draw(st.integers(0, 255))
+  try:
+    got = decode(bytes(content))
+  except DecodeError as error:
+    assert str(error).startswith("the image")
+  else:
+    assert got.dtype == np.uint8
+    assert got.ndim == 3
+    assert got.shape[2] == 3
+
+
+def test_an_image_too_large_is_refused_by_its_header():
+  """A few bytes may claim any size: nothing of that size may be allocated to find out."""
+  side = math.isqrt(images.MAX_PIXELS) + 1
+  jpeg = bytearray(encoded(picture(), "JPEG"))
+  frame = jpeg.index(b"\xff\xc0")
+  jpeg[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
+  # Before the frame comes what may hold a smaller picture, with a frame of its own.
+  thumbnail = encoded(picture(9, 9), "JPEG")
+  segment = b"\xff\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+  with_thumbnail = bytes(jpeg[:2]) + segment + bytes(jpeg[2:])
+  whole = encoded(Image.new("1", (side, side)), "PNG")  # really of that size, and 35 kB
+  for data in (png(side, side, 8, 2, []), png(2**31 - 1, 2**31 - 1, 8, 2, []), bytes(jpeg), with_thumbnail, whole):
+    with pytest.raises(DecodeError, match="claims to have .* pixels, more than 268,435,456"):
+      decode(data)
+
+
+# The evaluation transform.
+
+
+def clip_preprocess(image, size):
+  """torchvision's Resize(size, BICUBIC) and CenterCrop(size), as CLIP puts them together."""
+  width, height = image.size
+  short, long = min(width, height), max(width, height)
+  longer = int(size * long / short)
+  image = image.resize((size, longer) if width <= height else (longer, size), Image.Resampling.BICUBIC)
+  top, left = round((image.height - size) / 2), round((image.width - size) / 2)
+  return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+  height=st.integers(1, 260),
+  width=st.integers(1, 260),
+  size=st.sampled_from([1, 7, 16, 32, 33]),
+  seed=st.integers(0, 9),
+)
+def test_evaluation_is_clips_resize_and_centre_crop(height, width, size, seed):
+  pixels = noise(height, width, 3, seed=seed)
+  got = resize_and_crop(pixels, size)
+  assert got.shape == (size, size, 3)
+  assert got.dtype == np.uint8
+  np.testing.assert_array_equal(got, clip_preprocess(Image.fromarray(pixels), size))
+
+
+@pytest.mark.parametrize(("height", "width"), [(400, 601), (601, 400), (224, 224), (224, 339), (500, 500)])
+def test_evaluation_at_the_size_of_clip(height, width):
+  pixels = picture(height, width)
+  np.testing.assert_array_equal(
+    resize_and_crop(pixels, 224), clip_preprocess(Image.fromarray(pixels), 224)
+  )
+
+
+def test_the_longer_side_is_what_torchvision_computes():
+  """45 / 5 * 224 is 2016; 45 * (224 / 5) is 2015.9999999999998 in floating point.
+
+  A strip of 5 by 45 of which each row is its own level shows it: the middle falls elsewhere.
+  """
+  checked = 0
+  for short, factor in itertools.product(range(1, 60), range(2, 12)):
+    if int(short * factor * (224 / short)) == 224 * factor:
+      continue
+    pixels = np.repeat(np.linspace(0, 255, short * factor).astype(np.uint8)[:, None], short, axis=1)
+    image = Image.fromarray(pixels).convert("RGB")
+    np.testing.assert_array_equal(resize_and_crop(image, 224), clip_preprocess(image, 224))
+    checked += 1
+  assert checked > 10
+
+
+def test_evaluation_takes_pil_images_of_any_mode():
+  image = Image.fromarray(picture())
+  for mode in ("RGB", "L", "P", "CMYK", "1"):
+    converted = image.convert(mode)
+    want = clip_preprocess(converted.convert("RGB"), 16)
+    np.testing.assert_array_equal(resize_and_crop(converted, 16), want)
+
+
+# Augmentation.
+
+
+def coordinates(height, width):
+  """An image whose red channel is x and whose green is y, as shares of the width and the height."""
+  x, y = np.meshgrid(np.arange(width), np.arange(height))
+  return np.dstack([x * 255 / (width - 1), y * 255 / (height - 1), np.zeros_like(x)]).round().astype(np.uint8)
+
+
+def crop_of(result, height, width):
+  """The box that a crop of `coordinates` shows: (left, top, right, bottom) in pixels.
+
+  Straight lines fitted through the middle of the result, where no edge bends them.
+  """
+  size = len(result)
+  inner = slice(size // 8, size - size // 8)
+  at = np.arange(size)[inner] + 0.5
+  box = []
+  for channel, extent, axis in ((0, width, 0), (1, height, 1)):
+    levels = result[inner, inner, channel].mean(axis=axis)
+    slope, start = np.polyfit(at, levels, 1)
+    scale = (extent - 1) / 255
+    box.append((start * scale + 0.5, (start + slope * size) * scale + 0.5))
+  (left, right), (top, bottom) = box
+  return left, top, right, bottom
+
+
+def test_the_yardstick_of_crops():
+  image = Image.fromarray(coordinates(250, 200))
+  box = (31.0, 17.5, 151.0, 203.25)
+  result = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC, box=box))
+  np.testing.assert_allclose(crop_of(result, 250, 200), box, atol=0.3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(250, 250), (250, 200), (200, 250)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.7), (0.9, 1.0)])
+def test_crops_keep_to_scale_and_aspect(height, width, scale):
+  image = coordinates(height, width)
+  random = np.random.default_rng(0)
+  shares, ratios, middles, fallbacks = [], [], [], 0
+  for _ in range(150):
+    left, top, right, bottom = crop_of(augment(image, 64, random, crop_scale=scale), height, width)
+    assert left > -1
+    assert right < width + 1
+    assert top > -1
+    assert bottom < height + 1
+    w, h = right - left, bottom - top
+    # Ten boxes that do not fit are followed by the centre square.
+    side, tolerance = min(height, width), 1.0
+    square = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    if np.allclose((left, top, right, bottom), square, atol=tolerance):
+      fallbacks += 1
+      continue
+    shares.append(w * h / (width * height))
+    ratios.append(w / h)
+    middles.append(((left + right) / 2, (top + bottom) / 2))
+  assert fallbacks < 75
+  assert scale[0] - 0.02 < min(shares)
+  assert max(shares) < scale[1] + 0.02
+  assert min(ratios) > 0.75 - 0.03
+  assert max(ratios) < 4 / 3 + 0.03
+  if scale != (0.9, 1.0):  # where hardly anything but the whole image fits there is nothing to see
+    # The whole range is used, both ways, and all over the image.
+    assert min(shares) < scale[0] + 0.2 * (scale[1] - scale[0])
+    assert max(shares) > scale[1] - 0.4 * (scale[1] - scale[0])
+    assert min(ratios) < 0.85
+    assert max(ratios) > 1.18
+    assert np.std(middles, axis=0).min() > 8
+
+
+def test_a_panorama_falls_back_to_its_centre_square():
+  """Nine tenths of 3:1 cannot be had between 3:4 and 4:3."""
+  box = crop_of(augment(coordinates(100, 300), 64, np.random.default_rng(0), crop_scale=(0.9, 1.0)), 100, 300)
+  np.testing.assert_allclose(box, (100, 0, 200, 100), atol=1)
+
+
+@pytest.mark.parametrize("side", [1, 33, 64, 150])
+def test_the_whole_of_a_square_is_pillows_resize(side):
+  pixels = noise(side, side, 3)
+  got = augment(pixels, 64, np.random.default_rng(0), **WHOLE)
+  want = np.asarray(Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC))
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.3, 0.9)])
+def test_resizing_does_not_alias(scale):
+  """A chequerboard too fine to be shown is grey, not a pattern of its own."""
+  board = (np.indices((300, 300)).sum(axis=0) % 2 * 255).astype(np.uint8)
+  board = np.repeat(board[..., None], 3, axis=2)
+  for seed in range(5):
+    got = augment(board, 50, np.random.default_rng(seed), crop_scale=scale).astype(int)
+    assert np.abs(got[2:-2, 2:-2] - 127.5).max() < 12
+
+
+EVERYTHING = dict(crop_scale=(0.2, 1.0), color_jitter=0.4, flip=0.5, rotation=15.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 48), seed=st.integers(0, 2**32))
+def test_augmentation_is_a_function_of_the_generator(height, width, size, seed):
+  pixels = noise(height, width, 3)
+  before = pixels.copy()
+
+  def run():
+    return augment(pixels, size, np.random.Generator(np.random.Philox(key=[seed, 1])), **EVERYTHING)
+
+  first = run()
+  assert first.shape == (size, size, 3)
+  assert first.dtype == np.uint8
+  np.testing.assert_array_equal(first, run())
+  np.testing.assert_array_equal(pixels, before)
+
+
+def test_augmentation_differs_between_generators():
+  results = {augment(picture(), 16, np.random.default_rng(seed), **EVERYTHING).tobytes() for seed in range(50)}
+  assert len(results) == 50
+
+
+def test_flip():
+  pixels = picture(60, 60)
+  plain = augment(pixels, 32, np.random.default_rng(0), **WHOLE)
+  flipped = [augment(pixels, 32, np.random.default_rng(i), **WHOLE, flip=1.0) for i in range(20)]
+  kept = [augment(pixels, 32, np.random.default_rng(i), **WHOLE, flip=0.0) for i in range(20)]
+  for image in flipped:
+    np.testing.assert_array_equal(image, plain[:, ::-1])
+  for image in kept:
+    np.testing.assert_array_equal(image, plain)
+  random = np.random.default_rng(0)
+  half = [augment(pixels, 32, random, **WHOLE, flip=0.5) for _ in range(400)]
+  count = sum(np.array_equal(image, plain[:, ::-1]) for image in half)
+  assert 150 < count < 250  # five deviations of 10 either way
+  assert sum(np.array_equal(image, plain) for image in half) == 400 - count
+
+
+def test_rotation_fills_the_corners_with_white():
+  black = np.zeros((101, 101, 3), np.uint8)
+  white_corners = 0
+  for seed in range(40):
+    got = augment(black, 101, np.random.default_rng(seed), **WHOLE, rotation=30.0)
+    # What is not black is white, but for the smooth edge between them; the inscribed disc stays.
+    y, x = np.indices((101, 101)) - 50
+    assert got[x**2 + y**2 < 48**2].max() == 0
+    assert np.mean((got > 5) & (got < 250)) < 0.05
+    corners = got[[0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners == corners[0]).all()
+    white_corners += bool((corners == 255).all())
+  assert white_corners > 30  # angles near none leave them black
+
+
+def test_rotation_keeps_the_middle_and_stays_within_its_angle():
+  """A ray from the middle to the right: where it points is the angle, and its foot stays put."""
+  ray = np.full((151, 151, 3), 255, np.uint8)
+  ray[75, 75:] = 0
+  angles = []
+  for seed in range(100):
+    dark = 255.0 - augment(ray, 151, np.random.default_rng(seed), **WHOLE, rotation=20.0)[..., 0]
+    dark[dark < 64] = 0
+    y, x = np.indices(dark.shape) - 75.0
+    slope = np.sum(dark * x * y) / np.sum(dark * x * x)
+    angles.append(math.degrees(math.atan(slope)))
+    # A line through the middle passes it at distance zero.
+    assert abs(np.sum(dark * (y - slope * x)) / np.sum(dark)) < 0.15
+  assert max(np.abs(angles)) < 20.3
+  assert min(angles) < -16
+  assert max(angles) > 16
+
+
+def test_rotation_turns_about_the_very_middle():
+  """Half a turn of an image is its pixels in the opposite order; a shift would show."""
+
+  class HalfTurn:
+    """Stands in for a generator: the one angle for which the answer is known exactly."""
+
+    def uniform(self, low, high, size=None):
+      return high
+
+  pixels = picture(31, 31)
+  got = augment(pixels, 31, HalfTurn(), **WHOLE, rotation=180.0).astype(int)
+  assert np.abs(got - pixels[::-1, ::-1]).max() <= 1
+
+
+def jitter_reference(pixels, brightness, contrast, saturation):
+  """The three by their definitions, one after the other in float64, clipped at the end.
+
+  Each is a blend: with grey of the same luma (ITU-R BT.601), with the mean luma, and with black.
+  """
+  pixels = pixels.astype(np.float64)
+  luma = pixels @ [0.299, 0.587, 0.114]
+  pixels = saturation * pixels + (1 - saturation) * luma[..., None]
+  pixels = contrast * pixels + (1 - contrast) * luma.mean()
+  return np.clip(brightness * pixels, 0, 255)
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32), strength=st.floats(0.01, 1.0), flip=st.sampled_from([0.0, 1.0]))
+def test_jitter_is_brightness_contrast_and_saturation(seed, strength, flip):
+  pixels = noise(24, 24, 3, seed=seed % 7)
+  got = augment(pixels, 24, np.random.default_rng(seed), **WHOLE, color_jitter=strength, flip=flip)
+  # The same draws: those of the crop and the flip, then one for each of the three.
+  random = np.random.default_rng(seed)
+  plain = augment(pixels, 24, random, **WHOLE, flip=flip)
+  factors = 1 + random.uniform(-strength, strength, 3)
+  assert np.abs(got - jitter_reference(plain, *factors)).max() <= 1.01
+
+
+def test_jitter_spans_its_range():
+  """On grey neither contrast nor saturation does anything: what is left is brightness alone."""
+  grey = np.full((4, 4, 3), 100, np.uint8)
+  random = np.random.default_rng(0)
+  levels = [augment(grey, 4, random, **WHOLE, color_jitter=0.4)[0, 0, 0] for _ in range(300)]
+  assert 60 <= min(levels) < 64
+  assert 136 < max(levels) <= 140
+
+
+def test_no_jitter_is_the_identity():
+  pixels = noise(24, 24, 3)
+  for strength in (0.0, 1e-9):
+    got = augment(pixels, 24, np.random.default_rng(0), **WHOLE, color_jitter=strength)
+    np.testing.assert_array_equal(got, pixels)
