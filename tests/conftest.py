@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +10,11 @@ import pytest
 from PIL import Image
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Most of the suite's time would be compiling the same small programs again; processes share them too.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "xla"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def tiny(**sections):

@@ -177,7 +177,7 @@ class _TrainLoader:
 
   def _read(self, index):
     wanted = index
-    for attempt in range(1, MAX_SUBSTITUTES + 1):
+    for attempt in range(1, MAX_SUBSTITUTES + 2):
       try:
         record = self._source[index]
         return record, images.decode(record.image)

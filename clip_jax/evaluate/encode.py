@@ -7,6 +7,8 @@ import numpy as np
 from clip_jax.models.clip import CLIP
 from clip_jax.parallel import rules
 
+THREADS = 16  # that load images
+
 
 class Encoder:
   """Both towers as functions of batches, compiled once."""
@@ -67,10 +69,11 @@ class Encoder:
       index = starts[batch] + held[row]
       return load(index) if index < count else padding
 
-    dataset = grain.MapDataset.range(len(starts) * len(held)).map(load_row).batch(len(held))
-    options = grain.ReadOptions(prefetch_buffer_size=4)
+    # Rows are loaded in parallel, not batches: the threads have work in a set of one batch, too.
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(THREADS, len(held)))
+    loaded = grain.MapDataset.range(len(starts) * len(held)).map(load_row).to_iter_dataset(options)
     parts = []
-    for local in dataset.to_iter_dataset(options):
+    for local in loaded.batch(len(held)):
       batch = rules.to_global(np.asarray(local), self.mesh, self.batch_size)
       parts.append(encode(params, batch))
     return np.concatenate([np.asarray(part) for part in parts])[:count]

@@ -15,8 +15,7 @@ from clip_jax.evaluate.search import nearest
 SIZE = 32
 CELL = 4  # pixels a side
 ORIENTATIONS = 9  # of the half circle: a dark edge on light is the same edge as light on dark
-# More neighbours than names wanted: several drawings of one name count once. Where they are not enough,
-# more are looked at.
+# More neighbours than names wanted: several drawings of one name count once. To begin with.
 _NEIGHBOURS = 40
 
 

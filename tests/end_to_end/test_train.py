@@ -16,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.conftest import COMPILED
+
 ROOT = Path(__file__).parents[2]
 RECIPE = "tests/end_to_end/recipe.py"
 
@@ -31,7 +33,7 @@ def start(colors, tmp_path_factory):
       *(f"--config.data.path={colors}", *overrides),
     ]
     variables = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "CLIP_JAX_CACHE": str(cache)}
-    variables |= {"JAX_PLATFORMS": "cpu", **dict(environment)}
+    variables |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(COMPILED), **dict(environment)}
     return subprocess.Popen(
       command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -119,6 +121,7 @@ def test_killed_at_any_moment_the_run_ends_bit_identical(start, undisturbed, tmp
     time.sleep(moments.random() * 0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL  # and not done before
   finish(start(workdir))
   assert_same_run(workdir, undisturbed)
   assert not list(workdir.rglob("*tmp*"))

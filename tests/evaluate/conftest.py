@@ -30,12 +30,16 @@ def init():
   return CLIP(MODEL).init(jax.random.key(0), images, tokens)["params"]
 
 
-@pytest.fixture(scope="session")
-def params():
+def random_params():
   """Parameters on the host, larger than initial ones, which embed everything almost alike."""
   random = np.random.default_rng(0)
   shapes = nn.unbox(jax.eval_shape(init))
   return jax.tree.map(lambda x: np.float32(random.normal(0, 0.3, x.shape)), shapes)
+
+
+@pytest.fixture(scope="session")
+def params():
+  return random_params()
 
 
 @functools.cache
@@ -48,6 +52,10 @@ def encoder(data=1, fsdp=1):
 def placed(params, mesh):
   """The parameters laid over a mesh as in training."""
   return jax.device_put(params, rules.shardings_of(jax.eval_shape(init), mesh))
+
+
+def tokenize(captions):
+  return ClipTokenizer(MODEL.text.context_length)(captions)
 
 
 class OneAtATime:
@@ -64,8 +72,7 @@ class OneAtATime:
     return np.concatenate([self._image(image[None]) for image in images]).astype(np.float64)
 
   def texts(self, captions):
-    tokens = ClipTokenizer(MODEL.text.context_length)(captions)
-    return np.concatenate([self._text(row[None]) for row in tokens]).astype(np.float64)
+    return np.concatenate([self._text(row[None]) for row in tokenize(captions)]).astype(np.float64)
 
 
 @pytest.fixture(scope="session")

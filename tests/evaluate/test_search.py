@@ -103,7 +103,8 @@ def largest_made(jaxpr):
   largest = 0
   for equation in jaxpr.eqns:
     inner = [x for x in jax.tree.leaves(equation.params) if isinstance(x, ClosedJaxpr)]
-    largest = max(largest, *(v.aval.size for v in equation.outvars), *(largest_made(x.jaxpr) for x in inner))
+    sizes = [v.aval.size for v in equation.outvars] + [largest_made(x.jaxpr) for x in inner]
+    largest = max(largest, *sizes)
   return largest
 
 

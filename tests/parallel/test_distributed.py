@@ -1,0 +1,192 @@
+"""Joining processes: what the environment may say, and two processes that share a batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from clip_jax.errors import UsageError
+from clip_jax.parallel import distributed
+from tests.evaluate import conftest as clips
+from tests.parallel import two_processes
+from tests.parallel.test_rules import SHAPES
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ("TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+  """A function that sets variables, with none of a launcher left from outside."""
+  for name in (*distributed.BY_HAND, *LAUNCHERS):
+    monkeypatch.delenv(name, raising=False)
+
+  def set_variables(**variables):
+    for name, value in variables.items():
+      monkeypatch.setenv(name, value)
+
+  return set_variables
+
+
+@pytest.fixture
+def joined(monkeypatch):
+  """The arguments of each call of `jax.distributed.initialize`, which does nothing."""
+  calls = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+  return calls
+
+
+def by_hand(address="10.0.0.1:1234", count="4", number="2"):
+  return dict(zip(distributed.BY_HAND, (address, count, number), strict=True))
+
+
+def test_a_process_alone_joins_nobody(environment, joined):
+  distributed.initialize()
+  environment(TPU_WORKER_HOSTNAMES="localhost", MEGASCALE_NUM_SLICES="1", SLURM_NTASKS="1")
+  distributed.initialize()
+  assert joined == []
+
+
+def test_three_variables_say_who_joins_whom(environment, joined):
+  environment(**by_hand(), SLURM_NTASKS="8")  # they win over a launcher
+  distributed.initialize()
+  assert joined == [("10.0.0.1:1234", 4, 2)]
+
+
+@pytest.mark.parametrize(
+  "variables",
+  [
+    {"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"},
+    {"MEGASCALE_NUM_SLICES": "2"},
+    {"SLURM_NTASKS": "4"},
+    {"OMPI_COMM_WORLD_SIZE": "2"},
+    {"SLURM_NTASKS": "4", "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"},
+  ],
+  ids=str,
+)
+def test_launchers_are_left_to_jax(environment, joined, variables):
+  environment(**variables)
+  distributed.initialize()
+  assert joined == [()]
+
+
+@pytest.mark.parametrize("given", [[0], [1], [2], [0, 1], [0, 2], [1, 2]], ids=str)
+def test_some_of_the_three_are_an_error_that_names_the_others(environment, joined, given):
+  names = [distributed.BY_HAND[i] for i in given]
+  environment(**{name: by_hand()[name] for name in names})
+  with pytest.raises(UsageError) as error:
+    distributed.initialize()
+  before, after = str(error.value).split("without")
+  for name in distributed.BY_HAND:
+    assert name in (before if name in names else after)
+  assert joined == []
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    ({"count": "four"}, "JAX_NUM_PROCESSES=four"),
+    ({"count": ""}, "whole numbers"),
+    ({"count": "4.0"}, "JAX_NUM_PROCESSES=4.0"),
+    ({"count": "²", "number": "0"}, "JAX_NUM_PROCESSES=²"),
+    ({"number": "-1"}, "JAX_PROCESS_ID=-1"),
+    ({"number": "4"}, "the first smaller"),
+    ({"count": "0", "number": "0"}, "the first smaller"),
+    ({"address": "10.0.0.1"}, "JAX_COORDINATOR_ADDRESS=10.0.0.1 must be HOST:PORT"),
+    ({"address": ""}, "must be HOST:PORT"),
+  ],
+  ids=str,
+)
+def test_values_that_cannot_be_are_one_clear_sentence(environment, joined, wrong, message):
+  environment(**by_hand(**wrong))
+  with pytest.raises(UsageError, match=message.replace(".", r"\.")) as error:
+    distributed.initialize()
+  assert "\n" not in str(error.value) and joined == []
+
+
+def python(*arguments, **variables):
+  """Starts Python without the variables of this process that the tests are about."""
+  left_out = {*distributed.BY_HAND, *LAUNCHERS, "JAX_COMPILATION_CACHE_DIR", "CLIP_JAX_CACHE"}
+  kept = {name: value for name, value in os.environ.items() if name not in left_out}
+  return subprocess.Popen(
+    [sys.executable, *map(str, arguments)],
+    cwd=ROOT,
+    env=kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **variables},
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+
+
+def output(process):
+  out, err = process.communicate(timeout=200)
+  assert process.returncode == 0, err
+  return out
+
+
+CACHE = """
+import jax
+from clip_jax.parallel import distributed
+distributed.enable_compilation_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3))).block_until_ready()
+"""
+
+
+def test_compiled_programs_are_kept_in_the_folder_that_is_asked_for(tmp_path):
+  home, ours, theirs = (tmp_path / name for name in ("home", "ours", "theirs"))
+  runs = [
+    python("-c", CACHE, HOME=str(home)),
+    python("-c", CACHE, HOME=str(home), CLIP_JAX_CACHE=str(ours)),
+    python("-c", CACHE, CLIP_JAX_CACHE=str(ours), JAX_COMPILATION_CACHE_DIR=str(theirs)),
+  ]
+  folders = [home / ".cache" / "clip_jax" / "xla", ours / "xla", theirs]
+  for run in runs:
+    output(run)
+  for folder in folders:
+    assert list(folder.iterdir()), folder
+  # The last two runs wrote nowhere else.
+  assert len(list((ours / "xla").iterdir())) == len(list(theirs.iterdir()))
+  assert [p.name for p in (*ours.iterdir(), *home.iterdir())] == ["xla", ".cache"]
+
+
+def test_two_processes_share_a_batch_and_embed_a_set_as_one_does(tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  script = Path(two_processes.__file__)
+  files = [tmp_path / f"{i}.npz" for i in range(2)]
+  processes = [python(script, files[i], **by_hand(address, "2", str(i))) for i in range(2)]
+  try:
+    found = [json.loads(output(process).splitlines()[-1]) for process in processes]
+  finally:
+    for process in processes:  # one that waits for another that has failed
+      process.kill()
+  assert [(f["process"], f["processes"]) for f in found] == [(0, 2), (1, 2)]
+
+  rows = two_processes.ROWS
+  for i, shape in enumerate(SHAPES):
+    held = [f["held"][i] for f in found]
+    if shape == (1, 1, 8):  # all devices are one tensor-parallel model, and need every row
+      assert held == [list(range(rows))] * 2
+    else:
+      assert sorted(held[0] + held[1]) == list(range(rows)) and len(held[0]) == len(held[1])
+    for f in found:
+      for (start, stop), values in f["arrived"][i]:
+        assert values == [10 * row for row in range(start, stop)], shape
+
+  # Batches of eight over eight devices, four a process; of the last the second has only padding.
+  assert [f["loaded"] for f in found] == [[0, 1, 2, 3, 8, 9, 10], [4, 5, 6, 7]]
+  reference = clips.OneAtATime(clips.random_params())
+  images = reference.images(clips.pictures(two_processes.COUNT))
+  texts = reference.texts(two_processes.CAPTIONS)
+  for file in files:
+    with np.load(file) as saved:
+      np.testing.assert_allclose(saved["images"], images, rtol=0, atol=1e-6)
+      np.testing.assert_allclose(saved["texts"], texts, rtol=0, atol=1e-6)

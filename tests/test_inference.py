@@ -1,0 +1,67 @@
+"""clip_jax.load: what a work directory gives to a person with three lines of Python."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import clip_jax
+from clip_jax import config as configs
+from clip_jax.errors import UsageError
+from clip_jax.parallel import mesh as meshes
+from clip_jax.train import checkpoint
+from clip_jax.train import state as states
+from tests.conftest import tiny
+from tests.models.test_clip import Reference
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp("run")
+  config = configs.resolve(tiny())
+  mesh = meshes.create(configs.resolve(tiny(mesh={"data": 1})), jax.devices()[:1])
+  checkpoints = checkpoint.Checkpoints(path, config)
+  for step in (2, 10):
+    state = states.create(config, mesh)
+    state = state.replace(params={**state.params, "logit_scale": np.float32(np.log(step))})
+    checkpoints.save(step, state)
+  checkpoints.close()
+  return path
+
+
+def test_embeds_as_the_reference_does(workdir):
+  model = clip_jax.load(workdir)
+  picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
+  pixels, tokens = model.preprocess(picture), model.tokenize(["a red cat", "blue"])
+  assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
+  assert tokens.shape == (2, 12) and tokens.dtype == np.int32
+  reference = Reference(model.config, model.params)
+  np.testing.assert_allclose(model.encode_image(pixels[None])[0], reference.image(pixels), atol=2e-6)
+  np.testing.assert_allclose(model.encode_text(tokens), [reference.text(t) for t in tokens], atol=2e-6)
+  raw = model.encode_text(tokens, normalize=False)
+  lengths = np.linalg.norm(raw, axis=1, keepdims=True)
+  assert (np.abs(lengths - 1) > 1e-3).all()
+  np.testing.assert_allclose(raw / lengths, model.encode_text(tokens), atol=1e-6)
+
+
+def test_a_workdir_means_its_newest_checkpoint(workdir):
+  assert clip_jax.load(workdir).logit_scale == pytest.approx(10, rel=1e-5)
+  assert clip_jax.load(workdir / "checkpoints/2").logit_scale == pytest.approx(2, rel=1e-5)
+  assert clip_jax.load(workdir).logit_bias == 0
+
+
+def test_module_and_params_work_on_their_own(workdir):
+  model = clip_jax.load(workdir)
+  tokens = model.tokenize("a red cat")
+  got = model.module.apply({"params": model.params}, tokens, method="encode_text")
+  np.testing.assert_allclose(got, model.encode_text(tokens), atol=1e-6)
+
+
+def test_wrong_input_is_refused_with_what_would_be_right(workdir):
+  model = clip_jax.load(workdir)
+  with pytest.raises(ValueError, match=r"expected uint8 \[n, 16, 16, 3\]"):
+    model.encode_image(np.zeros((1, 16, 16, 3), np.float32))
+  with pytest.raises(ValueError, match=r"expected int32 \[n, 12\]"):
+    model.encode_text(np.zeros((1, 77), np.int32))
+  with pytest.raises(UsageError, match="holds no checkpoint"):
+    clip_jax.load(workdir / "nowhere")

@@ -1,0 +1,93 @@
+"""Checkpoints: exact, atomic, readable on other meshes, and complete about the model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from clip_jax import config as configs
+from clip_jax.errors import UsageError
+from clip_jax.parallel import mesh as meshes
+from clip_jax.train import checkpoint
+from clip_jax.train import state as states
+from tests.conftest import tiny
+
+
+def made(shape, **sections):
+  mesh_sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+  config = configs.resolve(tiny(mesh=mesh_sizes, **sections))
+  return config, meshes.create(config, jax.devices()[: int(np.prod(shape))])
+
+
+def assert_same(got, want):
+  for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A work directory with one checkpoint, made on a 2 x 2 x 2 mesh, and its state."""
+  workdir = tmp_path_factory.mktemp("saved")
+  config, mesh = made((2, 2, 2))
+  state = states.create(config, mesh)
+  checkpoints = checkpoint.Checkpoints(workdir, config)
+  checkpoints.save(3, state)
+  checkpoints.close()
+  return workdir, config, jax.device_get(state)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1), (8, 1, 1), (1, 4, 1)], ids=str)
+def test_restores_bit_for_bit_on_any_mesh(saved, shape):
+  workdir, _, want = saved
+  config, mesh = made(shape)
+  checkpoints = checkpoint.Checkpoints(workdir, config)
+  assert checkpoints.latest_step() == 3
+  described = states.describe(config, mesh)[0]
+  got = checkpoints.restore(described)
+  checkpoints.close()
+  assert_same(got, want)
+  for array, shape_ in zip(jax.tree.leaves(got), jax.tree.leaves(described), strict=True):
+    assert array.sharding == shape_.sharding
+
+
+def test_the_card_names_the_model_completely(saved):
+  workdir, config, want = saved
+  assert checkpoint.read_card(workdir / "checkpoints/3") == config.model
+  assert_same(checkpoint.read_params(workdir / "checkpoints/3"), want.params)
+
+
+def test_keeps_the_last_and_every_multiple(tmp_path):
+  config, mesh = made((1, 1, 1), checkpoint={"keep_last": 2, "keep_every": 4})
+  state = states.create(config, mesh)
+  checkpoints = checkpoint.Checkpoints(tmp_path, config)
+  for step in range(1, 8):
+    checkpoints.save(step, state)
+  checkpoints.close()
+  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6, 7]
+
+
+def test_a_save_that_was_killed_is_no_checkpoint_and_is_cleared_away(saved, tmp_path):
+  config, mesh = made((1, 1, 1))
+  half = tmp_path / "checkpoints/9.orbax-checkpoint-tmp"
+  half.mkdir(parents=True)
+  (half / "part").write_text("half")
+  checkpoints = checkpoint.Checkpoints(tmp_path, config)
+  assert checkpoints.latest_step() is None
+  checkpoints.close()
+  assert not half.exists()
+
+
+@pytest.mark.parametrize("card", [None, "{", '{"format": 99}'])
+def test_a_card_that_cannot_be_read_is_one_sentence(tmp_path, card):
+  if card is not None:
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card/metadata").write_text(card)
+  with pytest.raises(UsageError) as error:
+    checkpoint.read_card(tmp_path)
+  assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_card_is_plain_json(saved):
+  card = json.loads((saved[0] / "checkpoints/3/card/metadata").read_text())
+  assert card["step"] == 3 and card["format"] == checkpoint.FORMAT

@@ -1,0 +1,134 @@
+"""Hooks and progress: the right line at the right step, and honest clocks."""
+
+import io
+import json
+import time
+
+import pytest
+
+from clip_jax import config as configs
+from clip_jax.train import hooks
+from clip_jax.train.progress import Progress, duration
+from tests.conftest import tiny
+
+
+class Written:
+  def __init__(self):
+    self.lines, self.synced = [], 0
+
+  def write(self, step, samples_seen, values):
+    self.lines.append((step, samples_seen, values))
+
+  def sync(self):
+    self.synced += 1
+
+
+class Saved:
+  def __init__(self, writer):
+    self.writer, self.steps = writer, []
+
+  def latest_step(self):
+    return self.steps[-1] if self.steps else None
+
+  def save(self, step, state):
+    # What a checkpoint of a step must never be ahead of.
+    assert self.writer.lines[-1][0] >= step and self.writer.synced > len(self.steps)
+    self.steps.append(step)
+
+
+class State:
+  params = {"the": "parameters"}
+
+
+class Evaluator:
+  def __init__(self):
+    self.seen = []
+
+  def __call__(self, params):
+    self.seen.append(params)
+    return {"eval/x/acc1": 0.5}, [{"retrieval": [{"set": "x"}], "similarity": {"set": "x"}}]
+
+  def yardstick(self):
+    return {"eval/x/nearest_pixels_R@1": 0.25}
+
+
+def ignore(step, values):
+  del step, values
+
+
+def test_each_hook_keeps_its_period_and_the_end(tmp_path):
+  config = configs.resolve(
+    tiny(
+      train={"global_batch_size": 16, "steps": 7, "log_every": 2},
+      eval={"batch_size": 16, "every": 3},
+      checkpoint={"every": 4},
+    )
+  )
+  writer, clock, evaluator = Written(), hooks.Clock(), Evaluator()
+  saved = Saved(writer)
+  log = hooks.Log(writer, config, clock, 0, ignore)
+  evaluate = hooks.Evaluate([evaluator], log, writer, config, clock, tmp_path)
+  save = hooks.Save(saved, log, writer, config, clock)
+  for step in range(1, 8):
+    for hook in (log, evaluate, save):
+      hook(step, State, {"loss": 0.5})
+  training = [(step, samples) for step, samples, values in writer.lines if "loss" in values]
+  evaluated = {step: values for step, _, values in writer.lines if "eval/x/acc1" in values}
+  assert training == [(2, 32), (4, 64), (6, 96), (7, 112)]
+  assert list(evaluated) == [3, 6, 7]
+  assert [step for step, v in evaluated.items() if "eval/x/nearest_pixels_R@1" in v] == [7]
+  assert evaluator.seen == [State.params] * 3
+  assert saved.steps == [4, 7]
+  assert [step for step, _, _ in writer.lines] == sorted(step for step, _, _ in writer.lines)
+  page = json.loads((tmp_path / "examples.json").read_text())
+  assert page == {"retrieval": [{"set": "x"}], "similarity": {"set": "x"}}
+
+
+def test_evaluation_is_not_training_time_and_waiting_is_a_share():
+  config = configs.resolve(tiny(train={"global_batch_size": 10, "steps": 9}, eval={"batch_size": 16}))
+  writer, clock = Written(), hooks.Clock()
+  log = hooks.Log(writer, config, clock, 0, ignore)
+  for step in (1, 2):
+    with clock.waiting():
+      time.sleep(0.02)
+    time.sleep(0.02)
+    log(step, State, {"loss": 1.0})
+    log.flush()
+    with clock.paused():
+      time.sleep(0.3)
+  values = writer.lines[1][2]
+  # 10 samples in 0.04 s; with the evaluation it would be 0.34 s, 29 samples/s.
+  assert 60 < values["samples_per_second"] <= 250
+  assert 0.1 < values["data_wait"] < 0.9
+
+
+def test_progress_without_a_terminal_is_plain_lines_first_and_last():
+  file = io.StringIO()
+  progress = Progress(configs.resolve(tiny(train={"global_batch_size": 16, "steps": 5})), 0, file)
+  for step in range(1, 6):
+    progress(step, {"loss": 2.5, "samples_per_second": 160.0, "data_wait": 0.25})
+  progress.close()
+  assert file.getvalue().splitlines() == [
+    "step 1/5  loss 2.500  160 samples/s  data wait 25%  0 s left",
+    "step 5/5  loss 2.500  160 samples/s  data wait 25%  0 s left",
+  ]
+
+
+def test_progress_on_a_terminal_redraws_one_line():
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  file = Terminal()
+  progress = Progress(configs.resolve(tiny(train={"global_batch_size": 16, "steps": 5})), 0, file)
+  progress(5, {"loss": 1.25, "samples_per_second": 160.0, "data_wait": 0.0})
+  progress.close()
+  assert "loss 1.250" in file.getvalue() and "5/5" in file.getvalue()
+
+
+@pytest.mark.parametrize(
+  "seconds, said",
+  [(0.2, "0 s"), (89, "89 s"), (400, "6 min"), (7199, "1 h 59 min"), (7200, "2 h 0 min"), (187_200, "2 d 4 h")],
+)
+def test_durations_read_as_people_say_them(seconds, said):
+  assert duration(seconds) == said
