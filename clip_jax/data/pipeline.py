@@ -182,7 +182,7 @@ class _TrainLoader:
         record = self._source[index]
         return record, images.decode(record.image)
       except (DataError, images.DecodeError) as error:
-        # Its own first substitute is written down, also where it was met as the substitute of another.
+        # Its own first substitute is written down, also where it was met as that of another record.
         first = self._substitute(index, 1)
         self._bad_records.report(index, self._source.key(index), error, first)
         index = self._substitute(wanted, attempt)

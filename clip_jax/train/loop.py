@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as configs
 from clip_jax.data import pipeline, sources
@@ -148,14 +150,14 @@ def _train(config, workdir, mesh, checkpoints, start):
   train_step = step.create(config, mesh)
   done = start
   try:
-    with StopSignals() as stop:
+    with StopSignals(mesh) as stop:
       for done in range(start + 1, config.train.steps + 1):
         with clock.waiting():
           local = next(batches)
         state, measured = train_step(state, rules.to_global(local, mesh, batch))
         for hook in every_step:
           hook(done, state, measured)
-        if stop.requested(done):
+        if stop.requested():
           save.now(done, state)
           break
       checkpoints.wait()
@@ -190,11 +192,17 @@ def create_evaluators(config, mesh, training):
 
 
 class StopSignals:
-  """Turns SIGTERM and SIGINT into a wish to stop after the current step; a second SIGINT leaves at once."""
+  """Turns SIGTERM and SIGINT into a wish to stop after a step; a second SIGINT leaves at once."""
 
-  def __init__(self):
-    self._received = None
-    self._before = {}
+  def __init__(self, mesh):
+    """Prepares; signals are caught inside the `with` block.
+
+    Args:
+      mesh: the device mesh, over which processes agree.
+    """
+    self._received, self._agreed, self._before = None, None, {}
+    self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    self._any = jax.jit(jnp.any, out_shardings=rules.replicated(mesh))
 
   def __enter__(self):
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -205,16 +213,18 @@ class StopSignals:
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
-  def requested(self, done):
-    """Whether to stop after this step: the same answer on every process.
+  def requested(self):
+    """Whether to stop now; to be asked after each step. The answer is the same on every process.
 
-    Args:
-      done: updates done.
+    A signal reaches hosts at different steps, or only one of them. Each step all say whether they have one;
+    the answer of the step before is read, so that nobody waits for the step that is running.
     """
     if jax.process_count() == 1:
       return self._received is not None
-    # A signal reaches hosts at different steps. Whoever has one says so, and all stop at one step.
-    return bool(multihost_utils.process_allgather(self._received is not None).any())
+    mine = np.full(jax.local_device_count(), self._received is not None)
+    everybody = jax.make_array_from_process_local_data(self._sharding, mine)
+    before, self._agreed = self._agreed, self._any(everybody)
+    return before is not None and bool(before)
 
   def _receive(self, number, _):
     if self._received == signal.SIGINT == number:

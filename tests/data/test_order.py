@@ -1,7 +1,7 @@
 """The order of the examples: a permutation an epoch, the same for everybody, for ever.
 
-The yardstick is `Reference`, the Feistel network of the module's docstring in plain Python integers,
-one value at a time, with nothing of NumPy's in it.
+The yardstick is `Reference`, the Feistel network of the module's docstring in plain Python
+integers, one value at a time, with nothing of NumPy's in it.
 """
 
 import collections
@@ -93,14 +93,24 @@ def test_equals_the_network_in_plain_integers(seed, length, positions):
 
 
 def test_golden_values():
-  # The order is a contract: a run that resumes under a later version must go on where it stopped, so
-  # these numbers may not change, ever. Both ways of computing them are held to it.
+  # The order is a contract: a run that resumes under a later version must go on where it stopped,
+  # so these numbers may not change, ever. Both ways of computing them are held to it.
   golden = {
     (0, 10): [9, 0, 6, 1, 8, 7, 8, 0, 5, 9, 8, 0],
     (42, 1_000): [274, 389, 600, 545, 438, 443, 677, 680, 82, 801, 794, 736],
     (2**63 - 1, HUGE): [
-      239499888, 1924861649, 1502358256, 1939576614, 568319470, 428970742,
-      372133729, 594074044, 1232118885, 1961242363, 25992623, 370674845,
+      239499888,
+      1924861649,
+      1502358256,
+      1939576614,
+      568319470,
+      428970742,
+      372133729,
+      594074044,
+      1232118885,
+      1961242363,
+      25992623,
+      370674845,
     ],
   }
   for (seed, length), want in golden.items():
@@ -120,7 +130,9 @@ def test_golden_substitutes():
 
 def test_epochs_and_seeds_differ():
   orders = {
-    (seed, epoch): tuple(epoch_of(seed, 50, epoch).tolist()) for seed in range(20) for epoch in range(20)
+    (seed, epoch): tuple(epoch_of(seed, 50, epoch).tolist())
+    for seed in range(20)
+    for epoch in range(20)
   }
   assert len(set(orders.values())) == len(orders)
 
@@ -210,7 +222,7 @@ def test_two_thousand_million_records_take_no_memory():
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 6])
 def test_small_sets_see_every_order_equally_often(length):
-  """3,000 permutations of a handful of records: each order there is, about as often as the others."""
+  """3,000 permutations of a handful of records: each order there is, as often as the others."""
   count = 3_000
   stream = order.examples(11, length, np.arange(count * length)).reshape(count, length)
   seen = collections.Counter(map(tuple, stream.tolist()))
@@ -254,7 +266,9 @@ def test_no_trace_of_the_stored_order():
     assert abs(np.corrcoef(got, epoch_of(9, length, epoch + 1))[0, 1]) < 0.016
 
 
-@given(seed=seeds, length=st.integers(1, 2**40), index=st.integers(0, 2**40), attempt=st.integers(1, 100))
+@given(
+  seed=seeds, length=st.integers(1, 2**40), index=st.integers(0, 2**40), attempt=st.integers(1, 100)
+)
 def test_substitutes_equal_plain_integers_and_lie_in_the_set(seed, length, index, attempt):
   got = order.substitute(seed, length, index % length, attempt)
   assert type(got) is int

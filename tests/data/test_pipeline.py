@@ -1,7 +1,7 @@
 """Training batches: the same numbers however they are split, started and loaded; and bad records.
 
-`Painted` is a source in memory whose pictures say which record they are, so that a batch can be read
-back without going through the code that made it.
+`Painted` is a source in memory whose pictures say which record they are, so that a batch can be
+read back without going through the code that made it.
 """
 
 import collections
@@ -29,7 +29,9 @@ from clip_jax.data.sources import Record
 from clip_jax.errors import DataError
 from tests.conftest import tiny
 
-EVERYTHING = dict(crop_scale=(0.3, 1.0), color_jitter=0.4, flip=0.5, rotation=15.0, other_captions=0.5)
+EVERYTHING = dict(
+  crop_scale=(0.3, 1.0), color_jitter=0.4, flip=0.5, rotation=15.0, other_captions=0.5
+)
 
 
 class Painted:
@@ -110,7 +112,12 @@ def test_a_batch_holds_what_the_config_asks_for():
 @pytest.mark.parametrize(("length", "batch"), [(1, 4), (3, 4), (16, 16), (37, 16), (100, 8)])
 def test_every_epoch_has_every_record_once(length, batch):
   steps = -(-3 * length // batch)
-  seen = indices(load(Painted(length), run_config(steps, batch, **EVERYTHING | {"color_jitter": 0.0, "rotation": 0.0})))
+  seen = indices(
+    load(
+      Painted(length),
+      run_config(steps, batch, **EVERYTHING | {"color_jitter": 0.0, "rotation": 0.0}),
+    )
+  )
   epochs = [seen[i * length : (i + 1) * length] for i in range(3)]
   for epoch in epochs:
     assert sorted(epoch) == list(range(length))
@@ -131,7 +138,10 @@ def test_the_records_are_those_of_the_order():
 
 @pytest.mark.parametrize("seed", [1, 2**63 - 1])
 def test_the_seed_changes_order_and_augmentation(seed):
-  one, other = (load(Painted(64, textured=True), run_config(1, 64, seed=s, crop_scale=(0.3, 0.8))) for s in (0, seed))
+  one, other = (
+    load(Painted(64, textured=True), run_config(1, 64, seed=s, crop_scale=(0.3, 0.8)))
+    for s in (0, seed)
+  )
   assert (one[0]["tokens"] != other[0]["tokens"]).any()
   # Sorted by record, the pictures still differ: their crops are others.
   by_record = [batch[0]["images"][np.lexsort(batch[0]["tokens"].T)] for batch in (one, other)]
@@ -167,7 +177,8 @@ def test_any_split_over_hosts(hosts, shuffled, batch, length, seed):
   parts = [load(source, config, rows=r) for r in np.split(rows, hosts)]
   back = np.argsort(rows)
   got = [
-    {key: np.concatenate([part[step][key] for part in parts])[back] for key in want[0]} for step in range(3)
+    {key: np.concatenate([part[step][key] for part in parts])[back] for key in want[0]}
+    for step in range(3)
   ]
   assert_same(got, want)
 
@@ -188,7 +199,9 @@ def test_started_at_any_step():
     assert_same(load(source, config, start=start), want[start:])
 
 
-@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (2, 1), (1, 7), (8, 3), (16, 16), (0, 4)])
+@pytest.mark.parametrize(
+  ("threads", "prefetch"), [(1, 1), (2, 1), (1, 7), (8, 3), (16, 16), (0, 4)]
+)
 def test_threads_and_prefetch_change_nothing(threads, prefetch):
   source = Painted(30, bad={7}, textured=True, captions=2)
   want = load(source, run_config(5, 64, max_bad_share=1.0, threads=1, prefetch=2, **EVERYTHING))
@@ -228,7 +241,9 @@ def test_who_stops_early_does_not_wait_for_what_is_queued(why):
 
   unlucky = int(order.examples(0, 1000, 100))  # in the second batch
   source = Slow(1000, delay=0.005)
-  batches = train_batches(source, run_config(50, 64, threads=2, prefetch=10), rows=np.arange(64), start=0)
+  batches = train_batches(
+    source, run_config(50, 64, threads=2, prefetch=10), rows=np.arange(64), start=0
+  )
   next(batches)
   if why == "dropped":
     del batches
@@ -374,7 +389,9 @@ def test_bad_records_from_many_threads(tmp_path):
   for thread in threads:
     thread.join()
   assert (counter.tried, counter.bad) == (1600, 800)
-  assert sorted(json.loads(line)["index"] for line in path.read_text().splitlines()) == list(range(100))
+  assert sorted(json.loads(line)["index"] for line in path.read_text().splitlines()) == list(
+    range(100)
+  )
 
 
 def test_the_share_is_judged_once_it_means_something():
@@ -399,7 +416,9 @@ def test_too_many_bad_records_stop_the_run(tmp_path, threads, listed):
   path = tmp_path / "bad_records.jsonl" if listed else None
   config = run_config(40, 32, threads=threads, max_bad_share=0.05)
   source = Painted(1000, bad=range(0, 1000, 10))
-  batches = train_batches(source, config, rows=np.arange(32), start=0, bad_records=BadRecords(path, 0.05))
+  batches = train_batches(
+    source, config, rows=np.arange(32), start=0, bad_records=BadRecords(path, 0.05)
+  )
   with pytest.raises(DataError) as caught:
     for _ in batches:
       pass
@@ -519,7 +538,8 @@ def test_batches_are_loaded_without_jax(tmp_path):
       "data": {"threads": 2},
       "train": {"global_batch_size": 4, "steps": 2},
     })
-    shapes = [b["images"].shape for b in pipeline.train_batches(source, run, rows=np.arange(4), start=0)]
+    batches = pipeline.train_batches(source, run, rows=np.arange(4), start=0)
+    shapes = [batch["images"].shape for batch in batches]
     print(shapes == [(4, 224, 224, 3)] * 2, "jax" in sys.modules)
     print(sorted(name for name in NoJax.asked if name.startswith("clip_jax")))
   """)

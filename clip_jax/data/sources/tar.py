@@ -75,7 +75,9 @@ class TarSource:
       with open(path, "rb", buffering=0) as file:
         image, name = _read_member(file, row["image"], row["image_size"])
         caption, _ = _read_member(file, row["caption"], row["caption_size"])
-        label = _read_member(file, row["label"], row["label_size"])[0] if row["label_size"] else None
+        label = None
+        if row["label_size"]:
+          label, _ = _read_member(file, row["label"], row["label_size"])
     except FileNotFoundError:
       raise DataError(f"{path} is not there any more; it was when it was indexed.") from None
     key = f"{Path(path).name}/{name}"
@@ -135,7 +137,8 @@ def index_shards(paths, *, allow_truncated=False, rebuild=False, log=None):
         table, cut = scan(path)
       except OSError as error:
         raise DataError(
-          f"{path} cannot be read ({error.strerror}). The pattern must match tar shards, such as 'DIR/*.tar'."
+          f"{path} cannot be read ({error.strerror}). "
+          "The pattern must match tar shards, such as 'DIR/*.tar'."
         ) from error
       if cut and not allow_truncated:
         raise DataError(f"{path}: {cut} Re-download it, or set data.allow_truncated=True.")
@@ -154,8 +157,8 @@ def scan(path):
     path: a local tar file.
 
   Returns:
-    The structured array, and a sentence on where the shard is cut off or None. Records without an image
-    or a caption are not in it, and neither is the record that the cut goes through.
+    The structured array, and a sentence on where the shard is cut off or None. Records without an
+    image or a caption are not in it, and neither is the record that the cut goes through.
 
   Raises:
     DataError: not a tar archive.
@@ -170,7 +173,7 @@ def scan(path):
 
 
 def _read_headers(path, records):
-  # Fills `records`; returns why the shard is cut off, and the record that the cut member belongs to.
+  # Fills `records`; returns why the shard is cut off, and the key of the cut member's record.
   size = os.path.getsize(path)
   try:
     with tarfile.open(path, "r:") as tar:
@@ -191,7 +194,8 @@ def _read_headers(path, records):
     first = _block(path, 0)
     if len(first) == BLOCK and first[257:262] != b"ustar":
       raise DataError(
-        f"{path} is not an uncompressed tar archive ({error}). Unpack or re-download it, or leave it out."
+        f"{path} is not an uncompressed tar archive ({error}). "
+        "Unpack or re-download it, or leave it out."
       ) from error
     return str(error), None
   return None, None
@@ -201,8 +205,8 @@ def _drop_unfinished(records, beyond):
   if beyond is not None:
     records.pop(beyond, None)
     return
-  # Not known whose member would have come next: the last record counts as whole if it has every kind of
-  # member that the record before it has.
+  # Nothing says whose member would have come next: the last record counts as whole if it has every
+  # kind of member that the record before it has.
   kinds = [set(parts) for parts in records.values() if _row(parts)]
   last = next(reversed(records), None)
   if last is not None and _row(records[last]) and (len(kinds) < 2 or not kinds[-2] <= kinds[-1]):
@@ -267,9 +271,14 @@ def _read_member(file, offset, size):
   start = int(offset) - BLOCK
   raw = os.pread(file.fileno(), int(size) + BLOCK, start)
   if len(raw) != int(size) + BLOCK:
-    raise DataError(f"{file.name}: ends before byte {int(offset + size):,}; it has changed since it was indexed.")
+    raise DataError(
+      f"{file.name}: ends before byte {int(offset + size):,}; it has changed since it was indexed."
+    )
   if not re.fullmatch(rb"[0 ]*%o[\0 ]*" % size, raw[124:136]):
-    raise DataError(f"{file.name}: no member of {size:,} bytes at byte {start:,}; it has changed since it was indexed.")
+    raise DataError(
+      f"{file.name}: no member of {size:,} bytes at byte {start:,}; "
+      "it has changed since it was indexed."
+    )
   return raw[BLOCK:], raw[:100].rstrip(b"\0").decode("utf-8", "replace")
 
 
