@@ -8,6 +8,7 @@ name, or another key, decides.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -212,14 +213,14 @@ def check_devices(config, devices):
     ConfigError: they do not; the message says which numbers would.
   """
   sizes = dataclasses.asdict(config.mesh)
-  fixed = 1
-  for size in sizes.values():
-    fixed *= max(size, 1)
-  if list(sizes.values()).count(-1) > 1:
+  given = [size for size in sizes.values() if size != -1]
+  fixed = math.prod(given)
+  if len(given) < 2:
     raise ConfigError(f"config.mesh={sizes}: only one axis can be -1.")
-  if (devices % fixed if -1 in sizes.values() else devices != fixed) or 0 in sizes.values():
+  if min(given) < 1 or (devices % fixed if -1 in sizes.values() else devices != fixed):
     raise ConfigError(f"config.mesh={sizes} cannot be laid over {devices} devices.")
-  shards = devices // sizes["tensor"]
+  tensor = devices // fixed if sizes["tensor"] == -1 else sizes["tensor"]
+  shards = devices // tensor
   for key, size in (
     ("train.global_batch_size", config.train.global_batch_size),
     ("eval.batch_size", config.eval.batch_size),
@@ -228,9 +229,9 @@ def check_devices(config, devices):
       below, above = size // shards * shards, -(-size // shards) * shards
       can = f"{below:,} and {above:,} can" if below else f"{above:,} can"
       raise ConfigError(f"config.{key}={size:,} cannot be split over {shards} devices; {can}.")
-  if config.model.vision.heads % sizes["tensor"] or config.model.text.heads % sizes["tensor"]:
+  if config.model.vision.heads % tensor or config.model.text.heads % tensor:
     raise ConfigError(
-      f"config.mesh.tensor={sizes['tensor']} must divide the heads of both towers "
+      f"config.mesh.tensor={tensor} must divide the heads of both towers "
       f"({config.model.vision.heads} and {config.model.text.heads})."
     )
 

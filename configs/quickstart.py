@@ -27,8 +27,8 @@ def get_config(split="test"):
   config.data.source = "emoji"
   config.data.path = f"{training}-seen-*.tar"
   config.data.other_captions = 0.3
-  config.data.color_jitter = 0.5
-  config.data.rotation = 20.0
+  config.data.color_jitter = 0.4
+  config.data.rotation = 15.0
 
   config.train.global_batch_size = 128
   config.train.samples = 160_000

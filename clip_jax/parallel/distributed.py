@@ -1,5 +1,7 @@
 """Joining the processes of a run, and what XLA is told before it starts."""
 
+import glob
+import importlib.util
 import os
 from pathlib import Path
 
@@ -52,8 +54,18 @@ def enable_compilation_cache():
 def _launched_with_others():
   variables = os.environ.get
   return (
-    len(variables("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    _on_cloud_tpu()
+    or len(variables("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
     or int(variables("MEGASCALE_NUM_SLICES", "1")) > 1
-    or int(variables("SLURM_NTASKS", "1")) > 1
+    # Only inside a step: the script of sbatch itself has the number of tasks, but is not one of them.
+    or ("SLURM_STEP_NODELIST" in os.environ and int(variables("SLURM_NTASKS", "1")) > 1)
     or int(variables("OMPI_COMM_WORLD_SIZE", "1")) > 1
   )
+
+
+def _on_cloud_tpu():
+  # A TPU VM tells its neighbours' names through its metadata server alone. JAX asks there, and a slice of
+  # one host is fine with it, so every machine with chips and libtpu initialises.
+  if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu" or importlib.util.find_spec("libtpu") is None:
+    return False
+  return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))

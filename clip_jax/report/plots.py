@@ -53,12 +53,16 @@ class Reference:
 
 @dataclass(frozen=True)
 class Tick:
+  """A mark on an axis with its label."""
+
   position: float  # percent of the axis, from the left or from the bottom
   label: str
 
 
 @dataclass(frozen=True)
 class Path:
+  """An SVG path: its class, and its `d`."""
+
   css: str
   d: str
 

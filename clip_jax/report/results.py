@@ -40,6 +40,7 @@ class Row:
 
   @property
   def key(self) -> str:
+    """The key it was logged under."""
     return "/".join(filter(None, ("eval", self.set, self.metric)))
 
   @property
@@ -111,6 +112,7 @@ def _metric_label(metric: str) -> str:
 
 
 def family(metric: str) -> str:
+  """A metric without its K: R@1, R@5 and R@10 are one family."""
   return re.sub(r"\d+$", "", metric)
 
 

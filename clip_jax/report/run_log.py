@@ -156,6 +156,7 @@ def read_run(path: Path) -> Run:
 
 
 def open_required(path: Path):
+  """Opens a file for reading bytes; one that is missing is a FileNotFoundError that says what it is of."""
   try:
     return path.open("rb")
   except FileNotFoundError:

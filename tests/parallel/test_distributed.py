@@ -64,9 +64,9 @@ def test_three_variables_say_who_joins_whom(environment, joined):
   [
     {"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"},
     {"MEGASCALE_NUM_SLICES": "2"},
-    {"SLURM_NTASKS": "4"},
+    {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"},
     {"OMPI_COMM_WORLD_SIZE": "2"},
-    {"SLURM_NTASKS": "4", "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"},
+    {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]", "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"},
   ],
   ids=str,
 )

@@ -81,13 +81,6 @@ def test_what_does_not_fit_is_a_config_error(sizes, batch, message):
     meshes.create(resolved(sizes, batch))
 
 
-# TODO: take the marks away with the fix of `check_devices`.
-NEGATIVE = pytest.mark.xfail(
-  strict=True, reason="check_devices divides by tensor=-1, and takes sizes below -1 for 1"
-)
-
-
-@NEGATIVE
 @pytest.mark.parametrize(
   "sizes, message",
   [
@@ -101,7 +94,6 @@ def test_what_minus_one_stands_for_is_checked_and_less_is_an_error(sizes, messag
     meshes.create(resolved(sizes))
 
 
-@NEGATIVE
 def test_tensor_devices_that_minus_one_stands_for_share_their_part_of_the_batch():
   mesh = meshes.create(resolved({"data": 2, "tensor": -1}, batch=6))
   assert mesh.devices.shape == (2, 1, 4)
