@@ -361,7 +361,7 @@ def _check(config):
     ("data.rotation", data.rotation, 0, 180),
     ("data.threads", data.threads, 0, 1024),
     ("data.prefetch", data.prefetch, 1, 1024),
-    ("data.seed", data.seed, 0, 2**63),
+    ("data.seed", data.seed, 0, 2**63 - 1),
     ("train.seed", config.train.seed, 0, 2**32 - 1),
     ("train.log_every", config.train.log_every, 1, 10**9),
     ("optimizer.warmup_steps", optimizer.warmup_steps, 0, 10**9),

@@ -254,7 +254,7 @@ def _code_points(hexadecimal):
 
 
 def _in_words(name, group):
-  words = name.strip(":").replace("_", " ")
+  words = name.strip(":").replace("_", " ").strip()
   # The package calls a flag by its country alone; Unicode's name says what it is.
   if group == "Flags" and "flag" not in words.lower():
     words = f"flag: {words}"

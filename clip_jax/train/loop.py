@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as configs
@@ -105,8 +106,10 @@ def check_same_run(workdir, config):
       )
 
 
-def describe_run(workdir, config):
-  """Writes `config.json` and `environment.json`."""
+def describe_run(workdir, config, described):
+  """Writes `config.json`, `environment.json` and `parameters.txt`, a table with each one's sharding."""
+  table = parameter_overview.get_parameter_overview(described.params, include_stats="sharding")
+  write_text(workdir / "parameters.txt", table + "\n")
   write_text(workdir / "config.json", json.dumps(_as_json(config), indent=2) + "\n")
   write_text(workdir / "environment.json", json.dumps(environment.describe(), indent=2) + "\n")
 
@@ -131,11 +134,12 @@ def _train(config, workdir, mesh, checkpoints, start):
     config.data.source, config.data.path, allow_truncated=config.data.allow_truncated
   )
   evaluators = create_evaluators(config, mesh, source)
+  described, _ = states.describe(config, mesh)
   main = jax.process_index() == 0
   if main:  # only now: a run that cannot open its data leaves no trace of its config
-    describe_run(workdir, config)
+    describe_run(workdir, config, described)
   if start:
-    state = checkpoints.restore(states.describe(config, mesh)[0])
+    state = checkpoints.restore(described)
   else:
     state = states.create(config, mesh)
   writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()

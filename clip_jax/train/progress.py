@@ -30,20 +30,23 @@ class Progress:
       step: updates done.
       values: its metrics.
     """
-    # Smoothed: the time of a single step says little.
-    share = 0.1 if self._rate else 1.0
-    self._rate = (1 - share) * (self._rate or 0) + share * values["samples_per_second"]
-    self._wait = (1 - share) * (self._wait or 0) + share * values["data_wait"]
-    seconds = (self._steps - step) * self._batch / self._rate
-    line = (
-      f"loss {values['loss']:.3f}  {self._rate:,.0f} samples/s  data wait {self._wait:.0%}  "
-      f"{duration(seconds)} left"
-    )
+    line = f"loss {values['loss']:.3f}  {self._speed(step, values)}"
     if self._live:
       self._live.update(self._task, completed=step, line=line)
     elif step == self._steps or self._said is None or time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
       self._said = time.monotonic()
       print(f"step {step:,}/{self._steps:,}  {line}", file=self._file, flush=True)
+
+  def _speed(self, step, values):
+    if self._rate is None:  # the first step's time is that of compiling
+      self._rate = self._wait = 0.0
+      return "compiled"
+    # Smoothed: the time of a single step says little.
+    share = 0.1 if self._rate else 1.0
+    self._rate += share * (values["samples_per_second"] - self._rate)
+    self._wait += share * (values["data_wait"] - self._wait)
+    seconds = (self._steps - step) * self._batch / self._rate
+    return f"{self._rate:,.0f} samples/s  data wait {self._wait:.0%}  {duration(seconds)} left"
 
   def close(self):
     """Leaves the last line standing."""

@@ -23,7 +23,7 @@ import instant_clip_tokenizer
 import numpy as np
 import pytest
 import regex
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -254,7 +254,10 @@ def test_ignoring_case_matters_where_openais_does(reference):
 @example("'\u017f <|\u017ftartoftext|> <|EndOfText|>!<|endoftext|><|startoftext|>", 77)
 @example("&amp;lt;|endoftext|&amp;gt;", 5)
 def test_any_text_equals_openais_rule(reference, text, context_length):
-  ids = reference.encode(openai_clean(text))
+  cleaned = openai_clean(text)
+  # ftfy may decode mojibake into a code point of a Unicode that the Rust library does not know yet.
+  assume(all(unicodedata.category(c) != "Cn" for c in cleaned))
+  ids = reference.encode(cleaned)
   assert ClipTokenizer(context_length)(text).tolist() == [row(ids, context_length)]
 
 

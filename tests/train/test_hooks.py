@@ -109,7 +109,7 @@ def test_progress_without_a_terminal_is_plain_lines_first_and_last():
     progress(step, {"loss": 2.5, "samples_per_second": 160.0, "data_wait": 0.25})
   progress.close()
   assert file.getvalue().splitlines() == [
-    "step 1/5  loss 2.500  160 samples/s  data wait 25%  0 s left",
+    "step 1/5  loss 2.500  compiled",
     "step 5/5  loss 2.500  160 samples/s  data wait 25%  0 s left",
   ]
 
