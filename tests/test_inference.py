@@ -24,7 +24,7 @@ def workdir(tmp_path_factory):
   for step in (2, 10):
     state = states.create(config, mesh)
     state = state.replace(params={**state.params, "logit_scale": np.float32(np.log(step))})
-    checkpoints.save(step, state)
+    checkpoints.save(step, state, 1)
   checkpoints.close()
   return path
 

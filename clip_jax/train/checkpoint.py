@@ -54,17 +54,19 @@ class Checkpoints:
     """The step of the newest whole checkpoint, or None."""
     return self._manager.latest_step()
 
-  def save(self, step, state):
+  def save(self, step, state, records):
     """Starts to save; the state may be changed once this returns.
 
     Args:
       step: updates done.
       state: a `TrainState`.
+      records: length of the data set, which the order of examples depends on.
     """
     card = {
       "format": FORMAT,
       "clip_jax": clip_jax.__version__,
       "step": step,
+      "records": records,
       "model": configs.to_dict(self._config)["model"],
     }
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), card=ocp.args.JsonSave(card))
@@ -82,6 +84,11 @@ class Checkpoints:
     step = self.latest_step()
     args = ocp.args.Composite(state=ocp.args.StandardRestore(described))
     return self._manager.restore(step, args=args)["state"]
+
+  def records(self):
+    """The length of the data set that the newest checkpoint was trained on."""
+    args = ocp.args.Composite(card=ocp.args.JsonRestore())
+    return self._manager.restore(self.latest_step(), args=args)["card"]["records"]
 
   def wait(self):
     """Blocks until what was started is on disk."""

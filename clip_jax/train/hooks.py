@@ -113,17 +113,19 @@ class Evaluate:
 class Save:
   """Saves the state at its period and at the end of the run."""
 
-  def __init__(self, checkpoints, log, writer, config, clock):
+  def __init__(self, checkpoints, records, log, writer, config, clock):
     """Prepares.
 
     Args:
       checkpoints: a `Checkpoints`.
+      records: length of the data set, which goes into each checkpoint.
       log: the `Log`, which writes what is pending before each save.
       writer: a `MetricsWriter`, put on disk before each save.
       config: a resolved `Config`.
       clock: the loop's `Clock`.
     """
-    self._checkpoints, self._log, self._writer, self._clock = checkpoints, log, writer, clock
+    self._checkpoints, self._records = checkpoints, records
+    self._log, self._writer, self._clock = log, writer, clock
     self._every, self._steps = config.checkpoint.every, config.train.steps
 
   def __call__(self, step, state, metrics):
@@ -139,7 +141,7 @@ class Save:
     self._log.flush()
     with self._clock.paused():
       self._writer.sync()
-      self._checkpoints.save(step, state)
+      self._checkpoints.save(step, state, self._records)
 
 
 def examples_page(examples):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as configs
 from clip_jax.data import pipeline, sources
-from clip_jax.errors import ConfigError, UsageError
+from clip_jax.errors import ConfigError, DataError, UsageError
 from clip_jax.evaluate.encode import Encoder
 from clip_jax.evaluate.retrieval import Retrieval
 from clip_jax.evaluate.zero_shot import ZeroShot
@@ -133,6 +134,12 @@ def _train(config, workdir, mesh, checkpoints, start):
   source = sources.create(
     config.data.source, config.data.path, allow_truncated=config.data.allow_truncated
   )
+  if start and checkpoints.records() != len(source):
+    raise DataError(
+      f"{config.data.path} has {len(source):,} records, and the run in {workdir} began with "
+      f"{checkpoints.records():,}: the order of examples would not be the same. Restore the data, or use "
+      "another --workdir."
+    )
   evaluators = create_evaluators(config, mesh, source)
   described, _ = states.describe(config, mesh)
   main = jax.process_index() == 0
@@ -145,7 +152,7 @@ def _train(config, workdir, mesh, checkpoints, start):
   writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
   log = hooks.Log(writer, config, clock, start, progress or (lambda step, values: None))
-  save = hooks.Save(checkpoints, log, writer, config, clock)
+  save = hooks.Save(checkpoints, len(source), log, writer, config, clock)
   every_step = (log, hooks.Evaluate(evaluators, log, writer, config, clock, workdir), save)
 
   bad = pipeline.BadRecords(workdir / "bad_records.jsonl", config.data.max_bad_share)
@@ -232,7 +239,8 @@ class StopSignals:
 
   def _receive(self, number, _):
     if self._received == signal.SIGINT == number:
-      raise KeyboardInterrupt
+      print("Left at once; the last checkpoint is whole.", file=sys.stderr, flush=True)
+      os._exit(1)  # without waiting for the device, or for a save under way
     self._received = number
     name = signal.Signals(number).name
     print(f"\n{name}: finishing this step and saving; once more to leave at once.", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.conftest import COMPILED
+from tests.conftest import COMPILED, write_colors
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "tests/end_to_end/recipe.py"
@@ -156,6 +156,33 @@ def test_a_resume_with_another_config_is_refused(start, undisturbed):
   _, err = finish(start(undisturbed, "--config.optimizer.learning_rate=0.5"), code=2)
   assert "holds a run with config.optimizer.learning_rate=0.001, and this config has 0.5" in err
   assert "Traceback" not in err
+
+
+def test_a_resume_on_other_data_is_refused(start, undisturbed, tmp_path):
+  write_colors(tmp_path / "more.tar", copies=9)
+  workdir = tmp_path / "run"
+  shutil.copytree(undisturbed, workdir)
+  shutil.rmtree(workdir / "checkpoints/40")
+  config = json.loads((workdir / "config.json").read_text())
+  config["data"]["path"] = str(tmp_path / "more.tar")  # as if a shard had been replaced where it lay
+  (workdir / "config.json").write_text(json.dumps(config))
+  _, err = finish(start(workdir, f"--config.data.path={tmp_path}/more.tar"), code=2)
+  assert "has 72 records, and the run in" in err and "began with 64" in err
+  assert "Traceback" not in err
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_loses_no_checkpoint(start, undisturbed, tmp_path):
+  workdir = tmp_path / "run"
+  process = start(workdir)
+  wait_for_step(process, workdir, 6)
+  process.send_signal(signal.SIGSTOP)  # so that both are there before the step ends
+  process.send_signal(signal.SIGINT)
+  process.send_signal(signal.SIGCONT)
+  process.send_signal(signal.SIGINT)
+  process.communicate(timeout=60)
+  assert process.returncode in (1, 75)  # 75: the step ended between the two
+  finish(start(workdir))
+  assert_same_run(workdir, undisturbed)
 
 
 @pytest.mark.slow

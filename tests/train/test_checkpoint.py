@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
   config, mesh = made((2, 2, 2))
   state = states.create(config, mesh)
   checkpoints = checkpoint.Checkpoints(workdir, config)
-  checkpoints.save(3, state)
+  checkpoints.save(3, state, 77)
   checkpoints.close()
   return workdir, config, jax.device_get(state)
 
@@ -42,7 +42,7 @@ def test_restores_bit_for_bit_on_any_mesh(saved, shape):
   workdir, _, want = saved
   config, mesh = made(shape)
   checkpoints = checkpoint.Checkpoints(workdir, config)
-  assert checkpoints.latest_step() == 3
+  assert checkpoints.latest_step() == 3 and checkpoints.records() == 77
   described = states.describe(config, mesh)[0]
   got = checkpoints.restore(described)
   checkpoints.close()
@@ -62,7 +62,7 @@ def test_keeps_the_last_and_every_multiple(tmp_path):
   state = states.create(config, mesh)
   checkpoints = checkpoint.Checkpoints(tmp_path, config)
   for step in range(1, 8):
-    checkpoints.save(step, state)
+    checkpoints.save(step, state, 1)
   checkpoints.close()
   assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6, 7]
 
@@ -90,4 +90,4 @@ def test_a_card_that_cannot_be_read_is_one_sentence(tmp_path, card):
 
 def test_the_card_is_plain_json(saved):
   card = json.loads((saved[0] / "checkpoints/3/card/metadata").read_text())
-  assert card["step"] == 3 and card["format"] == checkpoint.FORMAT
+  assert card["step"] == 3 and card["records"] == 77 and card["format"] == checkpoint.FORMAT

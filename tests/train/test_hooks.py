@@ -30,7 +30,8 @@ class Saved:
   def latest_step(self):
     return self.steps[-1] if self.steps else None
 
-  def save(self, step, state):
+  def save(self, step, state, records):
+    assert records == 9
     # What a checkpoint of a step must never be ahead of.
     assert self.writer.lines[-1][0] >= step and self.writer.synced > len(self.steps)
     self.steps.append(step)
@@ -68,7 +69,7 @@ def test_each_hook_keeps_its_period_and_the_end(tmp_path):
   saved = Saved(writer)
   log = hooks.Log(writer, config, clock, 0, ignore)
   evaluate = hooks.Evaluate([evaluator], log, writer, config, clock, tmp_path)
-  save = hooks.Save(saved, log, writer, config, clock)
+  save = hooks.Save(saved, 9, log, writer, config, clock)
   for step in range(1, 8):
     for hook in (log, evaluate, save):
       hook(step, State, {"loss": 0.5})
