@@ -172,6 +172,16 @@ def test_initial_values_are_the_papers():
       assert np.all(value == 1), path
 
 
+def test_every_axis_of_every_parameter_is_named_for_the_sharding_rules():
+  config = model_config()
+  images, tokens = inputs(config)
+  boxed = jax.eval_shape(CLIP(config).init, jax.random.key(0), images, tokens)["params"]
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+  for path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box):
+    assert is_box(leaf) and len(leaf.names) == leaf.value.ndim, path
+    assert leaf.value.ndim == 0 or any(leaf.names), path
+
+
 def test_a_zero_vector_normalises_to_zero_with_a_finite_gradient():
   assert not np.any(l2_normalize(jnp.zeros((2, 4))))
   assert np.isfinite(jax.grad(lambda x: l2_normalize(x).sum())(jnp.zeros((2, 4)))).all()
