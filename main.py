@@ -1,5 +1,9 @@
 """Trains a CLIP model: python main.py --config=configs/vitb16.py --workdir=DIR [--config.a.b=value ...].
 
+--config   a recipe: a Python file whose get_config() returns a ConfigDict
+--workdir  folder for checkpoints, metrics and the report
+--config.a.b=value  changes a key; clip_jax/config.py says which there are
+
 Started again with the same work directory, it resumes what is there. Exit codes: 0 done, 2 wrong usage,
 config or input, 75 stopped early with everything saved, 1 anything else.
 """
@@ -22,6 +26,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics 
 
 def main(argv):
   """Runs one training and returns the exit code."""
+  if {"--help", "-help", "-h"} & set(argv):
+    print(__doc__)
+    return 0
   try:
     config = parse(argv)
     # Imported after the flags are known to be right: a typing error should not cost seconds.
@@ -62,6 +69,8 @@ def parse(argv):
   except flags.Error as error:
     raise UsageError(str(error).strip()) from error
   except (AttributeError, KeyError, TypeError, ValueError) as error:
+    if not overrides:
+      raise UsageError(f"{recipe(argv)} cannot be loaded: {type(error).__name__} {error}") from error
     raise UsageError(
       f"One of --config.{', --config.'.join(overrides)} cannot be set ({' '.join(str(error).split())}); "
       "the recipe must have the key, as those that start from configs/base.py do."
@@ -75,8 +84,12 @@ def parse(argv):
     return CONFIG.value.copy_and_resolve_references()
   except OSError as error:  # of a recipe that is missing or cannot be run, with the reason last
     reason = str(error).strip().splitlines()[-1].strip()
-    path = next(arg for arg in argv if re.match(r"--?config(=|$)", arg))
-    raise UsageError(f"{path} cannot be loaded: {reason}") from error
+    raise UsageError(f"{recipe(argv)} cannot be loaded: {reason}") from error
+
+
+def recipe(argv):
+  """The flag that names the recipe, as it was given."""
+  return next((arg for arg in argv if re.match(r"--?config(=|$)", arg)), "--config")
 
 
 def tell(result, page, terminal):

@@ -264,6 +264,7 @@ def test_a_real_vit_b_16_trains_from_an_img2dataset_folder(tmp_path):
   "arguments, message",
   [
     (["--config=nowhere.py", "--workdir=x"], "No such file"),
+    (["--config=configs/quickstart.py:third", "--workdir=x"], "quickstart.py:third cannot be loaded: KeyError 'third'"),
     (["--workdir=x"], "--config is missing"),
     ([f"--config={RECIPE}"], "--workdir is missing"),
     ([f"--config={RECIPE}", "--workdir=x", "--config.train.stepz=1"], "Did you mean steps?"),
