@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 
 import pytest
 
@@ -85,22 +84,24 @@ def test_each_hook_keeps_its_period_and_the_end(tmp_path):
   assert page == {"retrieval": [{"set": "x"}], "similarity": {"set": "x"}}
 
 
-def test_evaluation_is_not_training_time_and_waiting_is_a_share():
+def test_evaluation_is_not_training_time_and_waiting_is_a_share(monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(hooks.time, "perf_counter", lambda: now[0])
   config = configs.resolve(tiny(train={"global_batch_size": 10, "steps": 9}, eval={"batch_size": 16}))
   writer, clock = Written(), hooks.Clock()
   log = hooks.Log(writer, config, clock, 0, ignore)
   for step in (1, 2):
     with clock.waiting():
-      time.sleep(0.02)
-    time.sleep(0.02)
+      now[0] += 0.01
+    now[0] += 0.03
     log(step, State, {"loss": 1.0})
     log.flush()
     with clock.paused():
-      time.sleep(0.3)
+      now[0] += 3.0
   values = writer.lines[1][2]
-  # 10 samples in 0.04 s; with the evaluation it would be 0.34 s, 29 samples/s.
-  assert 60 < values["samples_per_second"] <= 250
-  assert 0.1 < values["data_wait"] < 0.9
+  # Ten samples in 0.04 s; with the evaluation it would be 3.04 s.
+  assert values["samples_per_second"] == pytest.approx(250)
+  assert values["data_wait"] == pytest.approx(0.25)
 
 
 def test_progress_without_a_terminal_is_plain_lines_first_and_last():
