@@ -1,4 +1,4 @@
-"""The model family of the quickstart, larger and for about an hour on two processor cores.
+"""The model family of the quickstart, larger and for longer: half an hour to an hour on two processor cores.
 
 Aims to name the drawings of an artist it has never seen more often than the nearest training drawing by pixels
 and gradient histograms does. What it reaches: docs/benchmarks.md.
