@@ -69,15 +69,28 @@ class CLIP(nn.Module):
     return self.encode_image(images), self.encode_text(tokens), jnp.exp(self.logit_scale)
 
 
+def initial_params(config, key):
+  """New parameters, annotated with logical axis names.
+
+  Args:
+    config: a resolved `clip_jax.config.Model`.
+    key: a `jax.random.key`; the parameters depend on nothing else, so any mesh gives the same ones.
+
+  Returns:
+    A nested dict of `nn.LogicallyPartitioned` arrays.
+  """
+  size, context = config.image_size, config.text.context_length
+  images, tokens = jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, context), jnp.int32)
+  return CLIP(config).init(key, images, tokens)["params"]
+
+
 def parameter_count(config):
   """Number of parameters of a model, counted without making them.
 
   Args:
     config: a resolved `clip_jax.config.Model`.
   """
-  size, context = config.image_size, config.text.context_length
-  images, tokens = jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, context), jnp.int32)
-  shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0), images, tokens)
+  shapes = jax.eval_shape(lambda: initial_params(config, jax.random.key(0)))
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 

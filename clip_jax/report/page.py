@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from clip_jax.files import write_text
 from clip_jax.report import plots
 from clip_jax.report.results import DIRECTIONS, Row, family, headline_rows, results_table
 from clip_jax.report.run_log import Run, number, open_required, read_run
@@ -75,13 +75,9 @@ def write(workdir: str | Path) -> Path:
     config=_flat_sections(config),
     environment={k: _value_text(v) for k, v in environment.items()},
   )
-  target, partial = workdir / "report.html", workdir / f".report.html.{os.getpid()}"
-  try:
-    # A caption can hold half a surrogate pair, which JSON allows and UTF-8 does not.
-    partial.write_bytes(html.encode("utf-8", "replace"))
-    os.replace(partial, target)
-  finally:
-    partial.unlink(missing_ok=True)
+  target = workdir / "report.html"
+  # A caption can hold half a surrogate pair, which JSON allows and UTF-8 does not.
+  write_text(target, html.encode("utf-8", "replace").decode())
   return target
 
 

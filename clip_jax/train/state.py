@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import initial_params
 from clip_jax.parallel import rules
 from clip_jax.train import optimizer as optimizers
 
@@ -38,14 +38,9 @@ def describe(config, mesh):
     that makes the state.
   """
   optimizer, _ = optimizers.create(config)
-  module = CLIP(config.model)
 
   def init():
-    size, context = config.model.image_size, config.model.text.context_length
-    images = jnp.zeros((1, size, size, 3), jnp.uint8)
-    tokens = jnp.zeros((1, context), jnp.int32)
-    # Keys depend on the seed alone and are partitionable: any mesh gives the same parameters.
-    return module.init(jax.random.key(config.train.seed), images, tokens)["params"]
+    return initial_params(config.model, jax.random.key(config.train.seed))
 
   def create():
     params = nn.unbox(init())
