@@ -28,6 +28,7 @@ class Vision:
   layers: int | None = None
   heads: int | None = None
   mlp_width: int | None = None  # 4 * width if left open
+  patch_drop: float = 0.0  # share of the patches left out in training, at random (Li et al. 2022, FLIP)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Text:
   layers: int | None = None
   heads: int | None = None
   mlp_width: int | None = None
+  train_length: int | None = None  # tokens kept in training, start and end included; all of them if left open
+  reduction: str = "truncate"  # how: "truncate", "random" or "block" (Li et al. 2023, CLIPA)
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,23 @@ class Model:
   image_std: tuple[float, ...] = CLIP_STD
   tokenizer: str = "clip"
   compute_dtype: str = "float32"  # or "bfloat16"; parameters are float32 either way
+  logit_scale_init: float = 1 / 0.07  # what cosines are multiplied by, before anything is learned
+  logit_bias_init: float | None = None  # what is then added, learned with the sigmoid loss; no bias if left open
   vision: Vision = field(default_factory=Vision)
   text: Text = field(default_factory=Text)
 
 
 @dataclass(frozen=True)
 class Loss:
-  """The contrastive loss."""
+  """The contrastive loss, over the whole global batch. docs/losses.md has the equations."""
 
-  name: str = "softmax"
+  name: str = "softmax"  # or "sigmoid" (SigLIP)
+  method: str = "auto"  # "gather", "ring", or by estimated memory; all give the same
+  chunk: int | None = None  # columns scored at a time; chosen if left open
+  dtype: str = "float32"  # or "bfloat16": what embeddings are rounded to before they are scored
+  label_smoothing: float = 0.0
+  mask_duplicates: bool = False  # pairs with the same caption are not each other's negatives
+  max_logit_scale: float | None = 100.0  # the logit scale is clipped to it after each update
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,9 @@ class Train:
   global_batch_size: int = 32_768
   samples: int | None = None  # training pairs in all
   steps: int | None = None  # wins over samples
-  seed: int = 0  # of the parameters
+  microbatches: int = 1  # parts that go through the towers one by one; the loss is that of the whole batch
+  init: str = ""  # a work directory or checkpoint whose parameters to start from
+  seed: int = 0  # of the parameters, and of what is left out of an example in training
   log_every: int = 1  # steps
 
 
@@ -102,7 +115,7 @@ class Optimizer:
   learning_rate: float = 5e-4
   warmup_steps: int = 2_000
   weight_decay: float = 0.2
-  no_decay: str = r"(^|/)(bias|qkv_bias|scale|logit_scale)$"  # parameters left out of it, by path
+  no_decay: str = r"(^|/)(bias|qkv_bias|scale|logit_scale|logit_bias)$"  # parameters left out of it, by path
   beta1: float = 0.9
   beta2: float = 0.98
   epsilon: float = 1e-6
@@ -221,14 +234,16 @@ def check_devices(config, devices):
     raise ConfigError(f"config.mesh={sizes} cannot be laid over {devices} devices.")
   tensor = devices // fixed if sizes["tensor"] == -1 else sizes["tensor"]
   shards = devices // tensor
-  for key, size in (
-    ("train.global_batch_size", config.train.global_batch_size),
-    ("eval.batch_size", config.eval.batch_size),
+  for key, size, parts in (
+    ("train.global_batch_size", config.train.global_batch_size, config.train.microbatches),
+    ("eval.batch_size", config.eval.batch_size, 1),
   ):
-    if size % shards:
-      below, above = size // shards * shards, -(-size // shards) * shards
+    multiple = shards * parts
+    if size % multiple:
+      below, above = size // multiple * multiple, -(-size // multiple) * multiple
       can = f"{below:,} and {above:,} can" if below else f"{above:,} can"
-      raise ConfigError(f"config.{key}={size:,} cannot be split over {shards} devices; {can}.")
+      times = f" times {parts} microbatches" if parts > 1 else ""
+      raise ConfigError(f"config.{key}={size:,} cannot be split over {shards} devices{times}; {can}.")
   if config.model.vision.heads % tensor or config.model.text.heads % tensor:
     raise ConfigError(
       f"config.mesh.tensor={tensor} must divide the heads of both towers "
@@ -316,7 +331,7 @@ def _named_sizes(model):
   model = _fill(dataclasses.replace(model, vision=vision, text=text), named)
   for path, group in (("model", model), ("model.vision", vision), ("model.text", text)):
     for key, value in dataclasses.asdict(group).items():
-      if value is None and key != "mlp_width":
+      if value is None and key not in ("mlp_width", "train_length", "logit_bias_init"):
         raise ConfigError(
           f"config.{path}.{key} is not set; give it, or a config.model.name that stands for it."
         )
@@ -349,7 +364,7 @@ def _steps(train):
 def _check(config):
   _check_model(config.model)
   data, optimizer = config.data, config.optimizer
-  _one_of("config.loss.name", config.loss.name, ("softmax",))
+  _check_loss(config.loss, config.model)
   _one_of("config.data.source", data.source, ("tar", "emoji"))
   if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
     raise ConfigError(f"config.data.crop_scale={data.crop_scale} must be two shares, 0 < low <= high <= 1.")
@@ -363,6 +378,7 @@ def _check(config):
     ("data.prefetch", data.prefetch, 1, 1024),
     ("data.seed", data.seed, 0, 2**63 - 1),
     ("train.seed", config.train.seed, 0, 2**32 - 1),
+    ("train.microbatches", config.train.microbatches, 1, 10**6),
     ("train.log_every", config.train.log_every, 1, 10**9),
     ("optimizer.warmup_steps", optimizer.warmup_steps, 0, 10**9),
     ("optimizer.beta1", optimizer.beta1, 0, 1),
@@ -385,13 +401,30 @@ def _check(config):
       raise ConfigError(f"{path}.templates: {bad[0]!r} must hold {{}} once, where the class name goes.")
 
 
+def _check_loss(loss, model):
+  _one_of("config.loss.name", loss.name, ("softmax", "sigmoid"))
+  _one_of("config.loss.method", loss.method, ("auto", "gather", "ring"))
+  _one_of("config.loss.dtype", loss.dtype, ("float32", "bfloat16"))
+  if loss.chunk is not None and loss.chunk < 1:
+    raise ConfigError(f"config.loss.chunk={loss.chunk} must be at least 1 column.")
+  if not 0 <= loss.label_smoothing < 1:
+    raise ConfigError(f"config.loss.label_smoothing={loss.label_smoothing} must be at least 0 and less than 1.")
+  if loss.max_logit_scale is not None and loss.max_logit_scale <= 0:
+    raise ConfigError(f"config.loss.max_logit_scale={loss.max_logit_scale} must be positive.")
+  if (loss.name == "sigmoid") != (model.logit_bias_init is not None):
+    raise ConfigError(
+      f"config.loss.name={loss.name!r} and config.model.logit_bias_init={model.logit_bias_init} do not go "
+      "together: the sigmoid loss learns a bias (SigLIP starts it at -10), and the softmax loss has no use for one."
+    )
+
+
 def _check_model(model):
   _one_of("config.model.activation", model.activation, ("quick_gelu", "gelu"))
   _one_of("config.model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
   _one_of("config.model.tokenizer", model.tokenizer, ("clip",))
   for name, tower in (("vision", model.vision), ("text", model.text)):
     for key, value in dataclasses.asdict(tower).items():
-      if value < 1:
+      if isinstance(value, int) and value < 1:
         raise ConfigError(f"config.model.{name}.{key}={value} must be at least 1.")
     if tower.width % tower.heads:
       raise ConfigError(
@@ -402,12 +435,25 @@ def _check_model(model):
       f"config.model.image_size={model.image_size} is not a multiple of "
       f"config.model.vision.patch_size={model.vision.patch_size}."
     )
+  if not 0 <= model.vision.patch_drop < 1:
+    raise ConfigError(
+      f"config.model.vision.patch_drop={model.vision.patch_drop} must be at least 0 and less than 1."
+    )
+  if model.logit_scale_init <= 0:
+    raise ConfigError(f"config.model.logit_scale_init={model.logit_scale_init} must be positive.")
   if len(model.image_mean) != 3 or len(model.image_std) != 3 or min(model.image_std) <= 0:
     raise ConfigError("config.model.image_mean and image_std must be three numbers, image_std positive.")
   if not 3 <= model.text.context_length <= 77:
     raise ConfigError(
       f"config.model.text.context_length={model.text.context_length} must lie between 3 and 77, "
       "the context of CLIP's tokenizer."
+    )
+  _one_of("config.model.text.reduction", model.text.reduction, ("truncate", "random", "block"))
+  length = model.text.train_length
+  if length is not None and not 3 <= length <= model.text.context_length:
+    raise ConfigError(
+      f"config.model.text.train_length={length} must lie between 3 and "
+      f"config.model.text.context_length={model.text.context_length}."
     )
   if model.text.vocab_size < 49_408:
     raise ConfigError(

@@ -1,14 +1,12 @@
 """Using a trained model from Python: images and texts to embeddings."""
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from clip_jax.data import images
 from clip_jax.data.pipeline import tokenizer_for
-from clip_jax.errors import UsageError
 from clip_jax.models.clip import CLIP
 from clip_jax.train import checkpoint
 
@@ -41,7 +39,7 @@ class Model:
   @property
   def logit_bias(self):
     """What is added to logits: nothing, in a model trained with the softmax loss."""
-    return 0.0
+    return float(self.params.get("logit_bias", 0.0))
 
   def preprocess(self, image):
     """A PIL image as the model wants it: uint8 [size, size, 3]."""
@@ -109,9 +107,5 @@ def load(path):
   Raises:
     UsageError: there is no checkpoint at that path.
   """
-  path = Path(path)
-  steps = [p for p in (path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
-  folder = max(steps, key=lambda p: int(p.name)) if steps else path
-  if not (folder / "card").is_dir():
-    raise UsageError(f"{path} holds no checkpoint: neither checkpoints/STEP/ nor card/ is in it.")
+  folder = checkpoint.find(path)
   return Model(checkpoint.read_card(folder), checkpoint.read_params(folder))

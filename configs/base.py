@@ -24,11 +24,21 @@ def get_config():
   config.model.text = ConfigDict()
   for size in ("patch_size", "width", "layers", "heads", "mlp_width"):
     config.model.vision[size] = placeholder(int)
-  for size in ("context_length", "vocab_size", "width", "layers", "heads", "mlp_width"):
+  for size in ("context_length", "vocab_size", "width", "layers", "heads", "mlp_width", "train_length"):
     config.model.text[size] = placeholder(int)
+  config.model.vision.patch_drop = 0.0
+  config.model.text.reduction = "truncate"
+  config.model.logit_scale_init = 1 / 0.07  # section 2.5
+  config.model.logit_bias_init = placeholder(float)
 
   config.loss = ConfigDict()
   config.loss.name = "softmax"  # section 2.3
+  config.loss.method = "auto"
+  config.loss.chunk = placeholder(int)
+  config.loss.dtype = "float32"
+  config.loss.label_smoothing = 0.0
+  config.loss.mask_duplicates = False
+  config.loss.max_logit_scale = 100.0  # section 2.5
 
   config.data = ConfigDict()
   config.data.source = "tar"
@@ -48,6 +58,8 @@ def get_config():
   config.train.global_batch_size = 32_768  # table 18
   config.train.samples = placeholder(int)
   config.train.steps = placeholder(int)  # wins over samples
+  config.train.microbatches = 1
+  config.train.init = ""
   config.train.seed = 0
   config.train.log_every = 1
 
@@ -55,7 +67,7 @@ def get_config():
   config.optimizer.learning_rate = 5e-4  # table 20
   config.optimizer.warmup_steps = 2_000  # table 18
   config.optimizer.weight_decay = 0.2  # table 18
-  config.optimizer.no_decay = r"(^|/)(bias|qkv_bias|scale|logit_scale)$"  # "gains or biases", section 2.5
+  config.optimizer.no_decay = r"(^|/)(bias|qkv_bias|scale|logit_scale|logit_bias)$"  # "gains or biases", section 2.5
   config.optimizer.beta1 = 0.9  # table 18
   config.optimizer.beta2 = 0.98  # table 18, Vision Transformers
   config.optimizer.epsilon = 1e-6  # table 18, Vision Transformers

@@ -1,7 +1,5 @@
 """CLIP: two towers and one temperature (Radford et al. 2021, figure 3)."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,14 +8,9 @@ from clip_jax.models.text import TextTransformer
 from clip_jax.models.transformer import parameter
 from clip_jax.models.vit import VisionTransformer
 
-# Section 2.5: initialised to the equivalent of a temperature of 0.07, and clipped so that logits are
-# never scaled by more than 100.
-LOGIT_SCALE_INIT = math.log(1 / 0.07)
-LOGIT_SCALE_MAX = math.log(100)
-
 
 class CLIP(nn.Module):
-  """An image tower, a text tower and the logarithm of the logit scale.
+  """An image tower, a text tower, the logarithm of the logit scale, and a logit bias if the config has one.
 
   Attributes:
     config: a resolved `clip_jax.config.Model` (no size left open).
@@ -41,6 +34,7 @@ class CLIP(nn.Module):
       layers=vision.layers,
       heads=vision.heads,
       mlp_width=vision.mlp_width,
+      patch_drop=vision.patch_drop,
       **shared,
     )
     self.text = TextTransformer(
@@ -50,23 +44,32 @@ class CLIP(nn.Module):
       layers=text.layers,
       heads=text.heads,
       mlp_width=text.mlp_width,
+      train_length=text.train_length,
+      reduction=text.reduction,
       **shared,
     )
-    init = parameter(nn.initializers.constant(LOGIT_SCALE_INIT))
+    init = parameter(nn.initializers.constant(jnp.log(config.logit_scale_init)))
     self.logit_scale = self.param("logit_scale", init, ())
+    if config.logit_bias_init is not None:
+      init = parameter(nn.initializers.constant(config.logit_bias_init))
+      self.logit_bias = self.param("logit_bias", init, ())
 
-  def encode_image(self, images, normalize=True):
-    """uint8 [batch, size, size, 3] -> float32 [batch, embed_dim], of unit length if `normalize`."""
+  def encode_image(self, images, normalize=True, keys=None):
+    """uint8 [batch, size, size, 3] -> float32 [batch, embed_dim], of unit length if `normalize`.
+
+    In training `keys`, [batch] `jax.random` keys, choose what is left out of each example.
+    """
     pixels = normalize_pixels(images, self.config.image_mean, self.config.image_std)
-    return _embedding(self.image(pixels), normalize)
+    return _embedding(self.image(pixels, keys), normalize)
 
-  def encode_text(self, tokens, normalize=True):
+  def encode_text(self, tokens, normalize=True, keys=None):
     """int32 [batch, context_length] -> float32 [batch, embed_dim], of unit length if `normalize`."""
-    return _embedding(self.text(tokens), normalize)
+    return _embedding(self.text(tokens, keys), normalize)
 
-  def __call__(self, images, tokens):
-    """Both embeddings and the logit scale, exponentiated."""
-    return self.encode_image(images), self.encode_text(tokens), jnp.exp(self.logit_scale)
+  def __call__(self, images, tokens, keys=None):
+    """Both embeddings and the logit scale, exponentiated; `keys` as in `encode_image`."""
+    image, text = self.encode_image(images, keys=keys), self.encode_text(tokens, keys=keys)
+    return image, text, jnp.exp(self.logit_scale)
 
 
 def initial_params(config, key):
@@ -92,6 +95,11 @@ def parameter_count(config):
   """
   shapes = jax.eval_shape(lambda: initial_params(config, jax.random.key(0)))
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def leaves_out(config):
+  """Whether a model is trained on a part of each example, and so needs keys to choose it."""
+  return config.vision.patch_drop > 0 or config.text.train_length is not None
 
 
 def normalize_pixels(images, mean, std):

@@ -1,6 +1,7 @@
 """The causal text Transformer of CLIP (Radford et al. 2021, section 2.4)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from clip_jax.models.transformer import LayerNorm, Transformer, parameter
@@ -15,17 +16,20 @@ class TextTransformer(nn.Module):
   layers: int
   heads: int
   mlp_width: int
+  train_length: int | None
+  reduction: str
   embed_dim: int
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, tokens):
+  def __call__(self, tokens, keys=None):
     """Embeds token ids.
 
     Args:
       tokens: int32 [batch, context_length]; the end token has the largest id of its row.
+      keys: [batch] `jax.random` keys, in training; without them captions are seen whole.
 
     Returns:
       [batch, embed_dim], not normalised.
@@ -34,7 +38,9 @@ class TextTransformer(nn.Module):
     embedding = self.param("token_embedding", init, (self.vocab_size, self.width))
     init = parameter(nn.initializers.normal(0.01), None, "embed")
     positions = self.param("pos_embed", init, (self.context_length, self.width))
-    x = embedding[tokens].astype(self.dtype) + positions.astype(self.dtype)
+    if keys is not None and self.train_length is not None:
+      tokens = shorten(tokens, keys, self.train_length, self.reduction)
+    x = embedding[tokens].astype(self.dtype) + positions[: tokens.shape[1]].astype(self.dtype)
     x = Transformer(
       layers=self.layers,
       heads=self.heads,
@@ -50,3 +56,39 @@ class TextTransformer(nn.Module):
     x = LayerNorm(self.norm_epsilon, self.dtype, name="norm_final")(x)
     init = parameter(nn.initializers.normal(self.width**-0.5), "embed", None)
     return x @ self.param("projection", init, (self.width, self.embed_dim)).astype(self.dtype)
+
+
+def shorten(tokens, keys, length, reduction):
+  """Captions cut down to fewer tokens, in their order, between the start and the end token.
+
+  Args:
+    tokens: int32 [batch, context_length]: start, the caption, the end token (the largest id), zeros.
+    keys: [batch] `jax.random` keys.
+    length: tokens to keep, start and end included; shorter captions are kept whole.
+    reduction: "truncate" keeps the first ones, "block" a run that begins anywhere, "random" any.
+
+  Returns:
+    int32 [batch, length], laid out as `tokens`.
+
+  Li et al. 2023 (CLIPA, arXiv 2305.07017), section 3.
+  """
+  end = jnp.argmax(tokens, axis=-1)[:, None]
+  words, kept = end - 1, jnp.minimum(end - 1, length - 2)
+  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+  places = jnp.arange(length - 1)  # of what comes after the start token
+  if reduction == "random":
+    noise = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(keys)
+    position = jnp.arange(tokens.shape[1])
+    is_word = (position > 0) & (position < end)
+    chosen = jnp.argsort(jnp.where(is_word, noise, 2.0), axis=-1)[:, : length - 1]
+    chosen = jnp.sort(jnp.where(places < kept, chosen, tokens.shape[1]), axis=-1)
+  else:
+    first = jnp.zeros_like(end)
+    if reduction == "block":
+      share = jax.vmap(jax.random.uniform)(keys)[:, None]
+      first = jnp.minimum((share * (words - kept + 1)).astype(end.dtype), words - kept)
+    chosen = 1 + first + places
+  taken = jnp.take_along_axis(tokens, jnp.minimum(chosen, tokens.shape[1] - 1), axis=-1)
+  end_token = jnp.take_along_axis(tokens, end, axis=-1)
+  rest = jnp.where(places < kept, taken, jnp.where(places == kept, end_token, 0))
+  return jnp.concatenate([tokens[:, :1], rest], axis=-1)

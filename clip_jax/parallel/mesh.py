@@ -1,5 +1,7 @@
 """The device mesh: axes `data`, `fsdp` and `tensor`."""
 
+import math
+
 import jax
 from jax.experimental import mesh_utils
 
@@ -7,6 +9,11 @@ from clip_jax.config import check_devices
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the batch is sharded over both; parameters over fsdp and tensor
+
+
+def batch_shards(mesh):
+  """How many parts of the batch a mesh has."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def create(config, devices=None):

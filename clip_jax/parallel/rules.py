@@ -24,9 +24,9 @@ def replicated(mesh):
   return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh):
-  """The sharding of an array whose first axis is the global batch."""
-  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+def batch_sharding(mesh, axis=0):
+  """The sharding of an array one of whose axes, the first if not said, is the global batch."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
 def shardings_of(boxed, mesh, rules=SHARDING):

@@ -99,6 +99,26 @@ class Checkpoints:
     self._manager.close()
 
 
+def find(path):
+  """The checkpoint that a path stands for.
+
+  Args:
+    path: a work directory, of which the newest checkpoint is taken, or one `checkpoints/STEP` folder.
+
+  Returns:
+    A `Path` of the latter kind.
+
+  Raises:
+    UsageError: there is no checkpoint at that path.
+  """
+  path = Path(path)
+  steps = [p for p in (path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+  folder = max(steps, key=lambda p: int(p.name)) if steps else path
+  if not (folder / "card").is_dir():
+    raise UsageError(f"{path} holds no checkpoint: neither checkpoints/STEP/ nor card/ is in it.")
+  return folder
+
+
 def read_card(folder):
   """What model a checkpoint holds.
 

@@ -6,6 +6,8 @@ are still being computed: reading one waits for the device.
 
 import contextlib
 import json
+import math
+import sys
 import time
 from pathlib import Path
 
@@ -64,6 +66,10 @@ class Log:
       return
     (step, metrics), self._pending = self._pending, None
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+      values["nonfinite"] = float(len(wrong))
+      print(f"\nstep {step:,}: not finite: {', '.join(wrong)}", file=sys.stderr, flush=True)
     now, waited, beside = time.perf_counter(), self._clock.waited, self._clock.beside
     last_step, last, last_waited, last_beside = self._mark
     seconds = max(now - last - (beside - last_beside), 1e-9)
@@ -73,6 +79,7 @@ class Log:
     self._mark = step, now, waited, beside
     self._writer.write(step, step * batch, values)
     self._show(step, values)
+
 
 class Evaluate:
   """Runs the evaluators at their period, and all of them at the end of the run."""

@@ -20,15 +20,18 @@ from clip_jax.evaluate.encode import Encoder
 from clip_jax.evaluate.retrieval import Retrieval
 from clip_jax.evaluate.zero_shot import ZeroShot
 from clip_jax.files import write_text
+from clip_jax.losses import global_batch
 from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
-from clip_jax.train import environment, hooks, metrics, step
+from clip_jax.train import checkpoint, environment, hooks, metrics, step
 from clip_jax.train import state as states
-from clip_jax.train.checkpoint import Checkpoints
 from clip_jax.train.progress import Progress
 
 # What a run may change when it is resumed: none of these changes a number it computes.
-FREE_TO_CHANGE = ("mesh", "eval", "checkpoint", "data.threads", "data.prefetch", "train.log_every")
+FREE_TO_CHANGE = (
+  *("mesh", "eval", "checkpoint", "data.threads", "data.prefetch", "train.log_every"),
+  *("train.microbatches", "loss.method", "loss.chunk"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ def run(config, workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UsageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
-  checkpoints = Checkpoints(workdir, config)
+  checkpoints = checkpoint.Checkpoints(workdir, config)
   try:
     start = checkpoints.latest_step() or 0
     if start:
@@ -96,7 +99,8 @@ def check_same_run(workdir, config):
   """
   path = workdir / "config.json"
   try:
-    saved = json.loads(path.read_text())
+    # Resolved again: a key that is newer than the run has its default, which is what the run did.
+    saved = _as_json(configs.resolve(json.loads(path.read_text())))
   except (OSError, ValueError) as error:
     raise UsageError(f"{workdir} holds checkpoints, but {path} cannot be read ({error}).") from error
   for key, old, new in differences(saved, _as_json(config)):
@@ -145,10 +149,16 @@ def _train(config, workdir, mesh, checkpoints, start):
   main = jax.process_index() == 0
   if main:  # only now: a run that cannot open its data leaves no trace of its config
     describe_run(workdir, config, described)
+    how = global_batch.describe(config.loss, batch, config.model.embed_dim, meshes.batch_shards(mesh))
+    print(how, file=sys.stderr, flush=True)
   if start:
     state = checkpoints.restore(described)
   else:
+    init = config.train.init
+    params = checkpoint.read_params(checkpoint.find(init)) if init else None
     state = states.create(config, mesh)
+    if init:
+      state = states.start_from(state, params)
   writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
   log = hooks.Log(writer, config, clock, start, progress or (lambda step, values: None))

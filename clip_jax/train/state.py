@@ -4,9 +4,12 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from clip_jax.errors import UsageError
 from clip_jax.models.clip import initial_params
+from clip_jax.models.vit import resize_positions
 from clip_jax.parallel import rules
 from clip_jax.train import optimizer as optimizers
 
@@ -67,6 +70,39 @@ def create(config, mesh):
   """A new state; each device makes only the shards it holds."""
   described, make = describe(config, mesh)
   return jax.jit(make, out_shardings=shardings_of(described))()
+
+
+def start_from(state, params):
+  """A new state with the parameters of another run.
+
+  Args:
+    state: a `TrainState`.
+    params: a nested dict of NumPy arrays, the same on every process. Where an image tower was trained on
+      another image size, its position embeddings are interpolated.
+
+  Returns:
+    The state, with the step and the optimizer as they are.
+
+  Raises:
+    UsageError: the parameters are those of another model; the message names the first that does not fit.
+  """
+  wanted = flax.traverse_util.flatten_dict(state.params, sep="/")
+  given = flax.traverse_util.flatten_dict(params, sep="/")
+  for name in [*wanted, *given]:
+    if name not in wanted or name not in given:
+      raise UsageError(f"{name} is in only one of config.model and config.train.init: they are different models.")
+  placed = {}
+  for name, old in wanted.items():
+    new = np.asarray(given[name])
+    if name == "image/pos_embed":
+      new = resize_positions(new, len(old))
+    if new.shape != old.shape:
+      raise UsageError(
+        f"{name} is {list(new.shape)} in config.train.init, and config.model needs {list(old.shape)}: they are "
+        "different models."
+      )
+    placed[name] = jax.make_array_from_callback(old.shape, old.sharding, lambda part, new=new: new[part])
+  return state.replace(params=flax.traverse_util.unflatten_dict(placed, sep="/"))
 
 
 def shardings_of(described):

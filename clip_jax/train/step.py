@@ -1,14 +1,14 @@
 """The training step: one pure function of state and batch."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
-from clip_jax.losses.softmax import softmax_contrastive_loss
-from clip_jax.models.clip import CLIP, LOGIT_SCALE_MAX
+from clip_jax.losses import global_batch, grad_cache
+from clip_jax.models.clip import CLIP, leaves_out
 from clip_jax.parallel import rules
-from clip_jax.parallel.mesh import BATCH_AXES
 from clip_jax.train import optimizer as optimizers
 from clip_jax.train.state import describe, shardings_of
 
@@ -24,7 +24,7 @@ def create(config, mesh):
     A function `(state, batch) -> (state, metrics)`. The state is donated. The batch holds `images` (uint8
     [global batch, size, size, 3]) and `tokens` (int32 [global batch, context_length]), both sharded over
     the batch axes. The metrics are float32 scalars: `loss`, `learning_rate`, `logit_scale`,
-    `gradient_norm` (before clipping) and `parameter_norm`.
+    `gradient_norm` (before clipping) and `parameter_norm`, and `logit_bias` where the model has one.
   """
   shardings = shardings_of(describe(config, mesh)[0])
   batch = rules.batch_sharding(mesh)
@@ -38,21 +38,25 @@ def create(config, mesh):
 
 def train_step(config, mesh):
   """The step before jit: normalise, encode, loss over the global batch, gradients, update."""
-  module = CLIP(config.model)
   optimizer, schedule = optimizers.create(config)
-  contrastive_loss = global_loss(mesh)
-
-  def loss_of(params, batch):
-    image, text, logit_scale = module.apply({"params": params}, batch["images"], batch["tokens"])
-    return contrastive_loss(image, text, logit_scale)
+  value_and_grad = grad_cache.value_and_grad(
+    embed_with(CLIP(config.model)),
+    loss_with(config.loss, mesh),
+    microbatches=config.train.microbatches,
+    mesh=mesh,
+  )
 
   def step(state, batch):
-    loss, gradients = jax.value_and_grad(loss_of)(state.params, batch)
+    if leaves_out(config.model):
+      batch = {**batch, "keys": example_keys(config, mesh, state.step)}
+    loss, gradients = value_and_grad(state.params, batch)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Radford et al. 2021, section 2.5: clipped after each update, not inside the loss, so that its
-    # gradient never vanishes.
-    params = {**params, "logit_scale": jnp.minimum(params["logit_scale"], LOGIT_SCALE_MAX)}
+    largest = config.loss.max_logit_scale
+    if largest is not None:
+      # Radford et al. 2021, section 2.5: clipped after each update, not inside the loss, so that its
+      # gradient never vanishes.
+      params = {**params, "logit_scale": jnp.minimum(params["logit_scale"], math.log(largest))}
     metrics = {
       "loss": loss,
       "learning_rate": schedule(state.step),
@@ -60,24 +64,52 @@ def train_step(config, mesh):
       "gradient_norm": optax.global_norm(gradients),
       "parameter_norm": optax.global_norm(params),
     }
+    if "logit_bias" in state.params:
+      metrics["logit_bias"] = state.params["logit_bias"]
     state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
     return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
   return step
 
 
-def global_loss(mesh):
-  """The contrastive loss as a function of whole (sharded) arrays.
+def embed_with(module):
+  """A function of parameters and a batch (`images`, `tokens`, maybe `keys`) that returns both embeddings."""
+
+  def embed(params, batch):
+    return module.apply({"params": params}, batch["images"], batch["tokens"], batch.get("keys"))[:2]
+
+  return embed
+
+
+def loss_with(config, mesh):
+  """The loss as a function of parameters, embeddings and the batch.
 
   Args:
+    config: a `clip_jax.config.Loss`.
     mesh: the device mesh.
+  """
+  contrastive_loss = global_batch.create(config, mesh)
+
+  def loss(params, embeddings, batch):
+    scale, bias = jnp.exp(params["logit_scale"]), params.get("logit_bias", 0.0)
+    keys = global_batch.caption_keys(batch["tokens"]) if config.mask_duplicates else None
+    return contrastive_loss(*embeddings, scale, bias, keys=keys)
+
+  return loss
+
+
+def example_keys(config, mesh, step):
+  """Keys that choose what is left out of each example of a step: the same on any mesh and in any micro-batch.
+
+  Args:
+    config: a resolved `Config`.
+    mesh: the device mesh.
+    step: updates done, an int32 scalar.
 
   Returns:
-    A function of image and text embeddings [global batch, embed] and the logit scale.
+    [global batch] `jax.random` keys.
   """
-  rows = PartitionSpec(BATCH_AXES)
-
-  def loss(image, text, logit_scale):
-    return softmax_contrastive_loss(image, text, logit_scale, axes=BATCH_AXES)
-
-  return jax.shard_map(loss, mesh=mesh, in_specs=(rows, rows, PartitionSpec()), out_specs=PartitionSpec())
+  # Folded in once more than the step: the parameters came from the seed itself.
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), 1), step)
+  keys = jax.random.split(key, config.train.global_batch_size)
+  return jax.lax.with_sharding_constraint(keys, rules.batch_sharding(mesh))

@@ -1,5 +1,7 @@
 """The jitted step: the same on every mesh, with state where its rules say."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from clip_jax import config as configs
-from clip_jax.models.clip import CLIP, LOGIT_SCALE_MAX
+from clip_jax.models.clip import CLIP
 from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
 from clip_jax.train import state as states
 from clip_jax.train import step as steps
 from tests.conftest import tiny
-from tests.losses.test_softmax import dense_reference
+from tests.losses.reference import dense_softmax
 from tests.models.test_clip import inputs
 
 MESHES = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -64,11 +66,11 @@ def test_the_first_step_is_the_gradient_of_the_dense_loss():
   module, params = CLIP(config.model), jax.device_get(state.params)
   images, tokens = inputs(config.model, rows=16, seed=0)
   image, text, scale = module.apply({"params": params}, images, tokens)
-  want, of_embeddings = dense_reference(image, text, scale)
+  want, of_embeddings = dense_softmax(image, text, scale)
 
   # Chain rule by hand: the float64 gradient of the loss, pulled back through the towers.
   _, pull_back = jax.vjp(lambda p: module.apply({"params": p}, images, tokens), params)
-  gradients = pull_back(tuple(jnp.float32(g) for g in of_embeddings))[0]
+  gradients = pull_back(tuple(jnp.float32(g) for g in of_embeddings[:3]))[0]
   norm = float(optax.global_norm(gradients))
 
   _, metrics = steps.create(config, mesh)(state, {"images": images, "tokens": tokens})
@@ -87,7 +89,7 @@ def test_logit_scale_is_clamped_after_the_update_and_can_come_back():
   for _ in range(4):
     state, _ = step(state, batch)
     scales.append(float(state.params["logit_scale"]))
-  assert max(scales) <= LOGIT_SCALE_MAX + 1e-6
+  assert max(scales) <= math.log(100) + 1e-6
   assert len(set(scales)) > 1
 
 
