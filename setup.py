@@ -49,6 +49,7 @@ EXTRAS = {
     "regex>=2024.11",
     "ruff>=0.11",
     "transformers>=5.0",
+    "jax[tpu]>=0.10",  # libtpu: programs are compiled for slices that are not there
   ],
   "torch": ["torch>=2.6", "safetensors>=0.5"],
   "plan": ["jax[tpu]"],

@@ -122,8 +122,10 @@ def _show_report(found):
 
 
 def _doctor(_):
+  from clip_jax.parallel import distributed
   from clip_jax.train import environment
 
+  distributed.leave_tpu_out()
   return environment.describe() | {"extras": environment.extras()}
 
 

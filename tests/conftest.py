@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+jax.config.update("jax_platforms", "cpu")  # libtpu is installed, for programs that only compile
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Most of the suite's time would be compiling the same small programs again; processes share them too.

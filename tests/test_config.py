@@ -51,6 +51,19 @@ WRONG = [
   ("model.compute_dtype", "float16", "'float32', 'bfloat16'"),
   ("model.image_std", (0.2, 0.2, 0.0), "image_std positive"),
   ("model.vision.layers", 0, "must be at least 1"),
+  ("model.vision.patch_drop", 1.0, "config.model.vision.patch_drop=1.0 must be at least 0 and less than 1"),
+  ("model.text.train_length", 13, "must lie between 3 and config.model.text.context_length=12"),
+  ("model.text.reduction", "syntax", "'truncate', 'random', 'block'"),
+  ("model.logit_scale_init", 0.0, "config.model.logit_scale_init=0.0 must be positive"),
+  ("model.logit_bias_init", -10.0, "the softmax loss has no use for one"),
+  ("loss.name", "sigmoid", "the sigmoid loss learns a bias (SigLIP starts it at -10)"),
+  ("loss.name", "infonce", "config.loss.name='infonce' must be one of 'softmax', 'sigmoid'"),
+  ("loss.method", "tree", "'auto', 'gather', 'ring'"),
+  ("loss.chunk", 0, "config.loss.chunk=0 must be at least 1 column"),
+  ("loss.dtype", "float16", "'float32', 'bfloat16'"),
+  ("loss.label_smoothing", 1.0, "config.loss.label_smoothing=1.0 must be at least 0 and less than 1"),
+  ("loss.max_logit_scale", 0.0, "config.loss.max_logit_scale=0.0 must be positive"),
+  ("train.microbatches", 0, "config.train.microbatches=0 must lie between 1"),
   ("eval.retrieval", {"coco": {"pth": "x"}}, "config.eval.retrieval.coco.pth is not a key"),
   ("eval.zero_shot", {"pets": {"path": "x"}}, "needs at least one class name"),
   ("eval.zero_shot", {"pets": {"classes": ("cat",), "templates": ("a photo",)}}, "must hold {} once"),
@@ -83,6 +96,13 @@ def test_mesh_and_batch_must_fit_the_devices(mesh, batch, message):
   assert message in str(error.value)
 
 
+def test_the_batch_must_fit_the_microbatches_too():
+  config = configs.resolve(tiny(train={"global_batch_size": 32, "steps": 1, "microbatches": 3}))
+  with pytest.raises(ConfigError) as error:
+    configs.check_devices(config, 8)
+  assert "global_batch_size=32 cannot be split over 8 devices times 3 microbatches; 24 and 48 can." in str(error.value)
+
+
 def test_tensor_parallel_devices_share_their_part_of_the_batch():
   config = configs.resolve(tiny(mesh={"tensor": 4}, train={"global_batch_size": 6, "steps": 1}))
   configs.check_devices(config, 8)  # two shards of three
@@ -113,6 +133,26 @@ def test_the_model_of_a_card_round_trips():
 def test_every_recipe_resolves(recipe):
   config = configs.resolve(importlib.import_module(f"configs.{recipe}").get_config())
   assert config.train.steps > 0
+
+
+@pytest.mark.parametrize("name", ["flip_vitl16", "clipa_vitl16"])
+def test_the_second_stage_of_a_recipe_sees_whole_images(name):
+  recipe = importlib.import_module(f"configs.{name}")
+  first, second = (configs.resolve(recipe.get_config(stage)) for stage in ("pretrain", "tune"))
+  patches = [
+    (c.model.image_size // c.model.vision.patch_size) ** 2 * (1 - c.model.vision.patch_drop) for c in (first, second)
+  ]
+  assert patches == ([98, 196] if name == "flip_vitl16" else [36, 196])
+  assert second.train.samples < first.train.samples / 10
+  assert second.optimizer.learning_rate < first.optimizer.learning_rate / 10
+  with pytest.raises(ValueError, match="'third' is not a stage"):
+    recipe.get_config("third")
+
+
+def test_the_sigmoid_recipe_starts_as_siglip():
+  config = configs.resolve(importlib.import_module("configs.siglip_vitb16").get_config())
+  assert (config.model.logit_scale_init, config.model.logit_bias_init) == (10.0, -10.0)
+  assert (config.loss.name, config.loss.max_logit_scale) == ("sigmoid", None)
 
 
 @pytest.mark.parametrize("name, rate", [("vitb32", 5e-4), ("vitb16", 5e-4), ("vitl14", 4e-4)])

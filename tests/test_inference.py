@@ -50,6 +50,15 @@ def test_a_workdir_means_its_newest_checkpoint(workdir):
   assert clip_jax.load(workdir).logit_bias == 0
 
 
+def test_a_model_of_the_sigmoid_loss_has_its_bias(tmp_path):
+  sections = dict(model={**tiny()["model"], "logit_bias_init": -10.0}, loss={"name": "sigmoid"}, mesh={"data": 1})
+  config = configs.resolve(tiny(**sections))
+  checkpoints = checkpoint.Checkpoints(tmp_path, config)
+  checkpoints.save(1, states.create(config, meshes.create(config, jax.devices()[:1])), 1)
+  checkpoints.close()
+  assert clip_jax.load(tmp_path).logit_bias == -10
+
+
 def test_module_and_params_work_on_their_own(workdir):
   model = clip_jax.load(workdir)
   tokens = model.tokenize("a red cat")

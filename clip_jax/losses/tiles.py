@@ -22,8 +22,9 @@ import jax.numpy as jnp
 
 METHODS = ("gather", "ring")
 
-# A tile of float32 logits is kept at about this size, unless that would make it narrower than a matrix unit.
-TILE_BYTES = 4 * 2**20
+# A tile of float32 logits is kept at about this size, unless that would make it narrower than a matrix unit. With
+# smaller ones, the rows' gradients are read and written too often; benchmarks/loss_memory.py shows both.
+TILE_BYTES = 16 * 2**20
 NARROWEST = 128
 
 

@@ -1,6 +1,7 @@
 """Sizes of the published CLIP models, as data.
 
-Radford et al. 2021, tables 19 and 20 (B and L); the L/14@336 text tower is that of L/14. Text towers
+Radford et al. 2021, tables 19 and 20 (B and L); the L/14@336 text tower is that of L/14, and so is that of
+L/16, which is open_clip's name for the towers of FLIP and CLIPA. Text towers
 have a context of 77 tokens and CLIP's vocabulary of 49,408; the MLP is four times as wide as its tower.
 """
 
@@ -13,6 +14,7 @@ _L_VISION = dict(width=1024, layers=24, heads=16)
 MODELS = {
   "ViT-B-32": dict(image_size=224, embed_dim=512, vision=dict(patch_size=32, **_B_VISION), text=_B_TEXT),
   "ViT-B-16": dict(image_size=224, embed_dim=512, vision=dict(patch_size=16, **_B_VISION), text=_B_TEXT),
+  "ViT-L-16": dict(image_size=224, embed_dim=768, vision=dict(patch_size=16, **_L_VISION), text=_L_TEXT),
   "ViT-L-14": dict(image_size=224, embed_dim=768, vision=dict(patch_size=14, **_L_VISION), text=_L_TEXT),
   "ViT-L-14-336": dict(image_size=336, embed_dim=768, vision=dict(patch_size=14, **_L_VISION), text=_L_TEXT),
 }

@@ -22,6 +22,7 @@ def initialize():
   Raises:
     UsageError: only some of those variables are set, or to what cannot be.
   """
+  leave_tpu_out()
   given = [name for name in BY_HAND if name in os.environ]
   if len(given) == len(BY_HAND):
     address, count, number = (os.environ[name] for name in BY_HAND)
@@ -38,6 +39,16 @@ def initialize():
     raise UsageError(f"{', '.join(given)} set without {missing}; set all three, or none.")
   elif _launched_with_others():
     jax.distributed.initialize()
+
+
+def leave_tpu_out():
+  """Keeps JAX from looking for TPUs where there are none, but libtpu is installed to compile for them.
+
+  It would find out by itself, with a page of errors.
+  """
+  others = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"))
+  if importlib.util.find_spec("libtpu") and not (os.environ.get("JAX_PLATFORMS") or _has_tpu() or others):
+    jax.config.update("jax_platforms", "cpu")
 
 
 def enable_compilation_cache():
@@ -68,4 +79,8 @@ def _on_cloud_tpu():
   # one host is fine with it, so every machine with chips and libtpu initialises.
   if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu" or importlib.util.find_spec("libtpu") is None:
     return False
+  return _has_tpu()
+
+
+def _has_tpu():
   return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))

@@ -188,10 +188,11 @@ def test_a_zero_vector_normalises_to_zero_with_a_finite_gradient():
 
 
 # Radford et al. release these models; the counts are of their published weights (open_clip's model
-# profile lists the same, in millions: 151.28, 149.62, 427.62, 427.94).
+# profile lists the same, in millions: 151.28, 149.62, 427.74, 427.62, 427.94).
 PUBLISHED = {
   "ViT-B-32": 151_277_313,
   "ViT-B-16": 149_620_737,
+  "ViT-L-16": 427_739_393,
   "ViT-L-14": 427_616_513,
   "ViT-L-14-336": 427_944_193,
 }

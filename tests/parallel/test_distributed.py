@@ -190,3 +190,12 @@ def test_two_processes_share_a_batch_and_embed_a_set_as_one_does(tmp_path):
     with np.load(file) as saved:
       np.testing.assert_allclose(saved["images"], images, rtol=0, atol=1e-6)
       np.testing.assert_allclose(saved["texts"], texts, rtol=0, atol=1e-6)
+
+
+def test_libtpu_without_a_tpu_is_left_alone():
+  # A real process, since this one has chosen its platform; libtpu is installed with the tests.
+  program = "from clip_jax.parallel import distributed; distributed.leave_tpu_out(); import jax; print(jax.devices()[0].platform)"
+  variables = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=variables, text=True, capture_output=True)
+  assert done.stdout.strip() in ("cpu", "gpu", "tpu"), done.stderr
+  assert done.stdout.strip() != "cpu" or not done.stderr

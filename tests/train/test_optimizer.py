@@ -10,7 +10,7 @@ from clip_jax import config as configs
 from clip_jax.train import optimizer as optimizers
 from clip_jax.train.state import describe
 from tests.conftest import tiny
-from tests.losses.test_softmax import mesh_of
+from tests.losses.reference import mesh_of
 
 
 def resolved(**optimizer):

@@ -93,6 +93,59 @@ def test_logit_scale_is_clamped_after_the_update_and_can_come_back():
   assert len(set(scales)) > 1
 
 
+@pytest.mark.parametrize("limit, low, high", [(20.0, 19.99, 20.01), (None, 24.9, 25.1)])
+def test_the_logit_scale_has_the_limit_of_the_config_or_none(limit, low, high):
+  model = {**tiny()["model"], "logit_scale_init": 25.0}
+  _, state, _ = train((1, 1, 1), count=1, loss={"max_logit_scale": limit}, model=model)
+  assert low < float(jnp.exp(state.params["logit_scale"])) < high
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_both_methods_on_a_mesh_train_alike(name):
+  bias = -10.0 if name == "sigmoid" else None
+  runs = {}
+  for method, shape in (("gather", (1, 1, 1)), ("gather", (2, 2, 2)), ("ring", (2, 2, 2))):
+    loss = {"name": name, "method": method, "chunk": 3, "label_smoothing": 0.1, "mask_duplicates": True}
+    runs[method, shape] = train(shape, loss=loss, model={**tiny()["model"], "logit_bias_init": bias})[2]
+  want = runs.pop(("gather", (1, 1, 1)))
+  for key, metrics in runs.items():
+    for ours, theirs in zip(metrics, want, strict=True):
+      assert ours.keys() == theirs.keys() and ("logit_bias" in ours) == (name == "sigmoid")
+      for metric, value in theirs.items():
+        np.testing.assert_allclose(ours[metric], value, rtol=2e-4, err_msg=f"{key} {metric}")
+
+
+def test_duplicates_are_hidden_by_their_captions():
+  config = resolved(loss={"mask_duplicates": True})
+  mesh = meshes.create(config, jax.devices()[:1])
+  state = states.create(config, mesh)
+  images, tokens = inputs(config.model, rows=16)
+  tokens[8:] = tokens[:8]
+  image, text, scale = CLIP(config.model).apply({"params": state.params}, images, tokens)
+  want, _ = dense_softmax(image, text, scale, keys=np.arange(16) % 8)
+  _, metrics = steps.create(config, mesh)(state, {"images": images, "tokens": tokens})
+  np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
+  assert abs(dense_softmax(image, text, scale)[0] - want) > 0.01
+
+
+def test_parameters_that_are_not_finite_show_in_the_metrics():
+  config = resolved()
+  mesh = meshes.create(config, jax.devices()[:1])
+  state = states.create(config, mesh)
+  state = state.replace(params={**state.params, "logit_scale": jnp.float32(jnp.nan)})
+  batch = dict(zip(("images", "tokens"), inputs(config.model, rows=16), strict=True))
+  metrics = steps.create(config, mesh)(state, batch)[1]
+  assert not np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"])
+
+
+def test_what_is_left_out_depends_on_the_step_and_the_row_alone():
+  config = resolved()
+  one, eight = meshes.create(config, jax.devices()[:1]), meshes.create(resolved((2, 2, 2)), jax.devices()[:8])
+  keys = [jax.random.key_data(steps.example_keys(config, mesh, step)) for mesh, step in ((one, 3), (eight, 3), (one, 4))]
+  np.testing.assert_array_equal(keys[0], keys[1])
+  assert len(np.unique(np.concatenate([keys[0], keys[2]]), axis=0)) == 32
+
+
 def test_state_lies_where_the_rules_say():
   _, state, _ = train((2, 2, 2), count=1)
   block = state.params["image"]["transformer"]["block_0"]

@@ -1,0 +1,147 @@
+"""The account of a program's text, and real compilations for TPU slices with libtpu."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from clip_jax import config as configs
+from clip_jax.errors import UsageError
+from clip_jax.losses import global_batch
+from clip_jax.parallel import mesh as meshes
+from clip_jax.parallel import rules
+from clip_jax.plan import compile as compiler
+from clip_jax.plan import hlo
+from clip_jax.train import state as states
+from clip_jax.train import step as steps
+from tests.conftest import tiny
+
+
+def text_of(function, *arguments):
+  return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def test_products_in_nested_loops_count_as_often_as_they_run():
+  def inner(x, _):
+    return x @ x, None
+
+  def outer(x, _):
+    return jax.lax.scan(inner, x, None, length=5)[0], None
+
+  text = text_of(lambda x: jax.lax.scan(outer, x, None, length=3)[0], jnp.ones((16, 16)))
+  assert hlo.account(text).product_flops == 15 * 2 * 16**3
+  assert hlo.account(text, repeat=False).product_flops == 2 * 16**3
+  assert hlo.account(text).unknown_loops == 0
+
+
+@pytest.mark.parametrize(
+  "equation, a, b, flops",
+  [("ij,jk->ik", (4, 8), (8, 2), 2 * 4 * 8 * 2), ("bqhd,bkhd->bhqk", (2, 3, 4, 5), (2, 7, 4, 5), 2 * 2 * 4 * 3 * 7 * 5)],
+)
+def test_products_by_their_shapes(equation, a, b, flops):
+  text = text_of(functools.partial(jnp.einsum, equation), jnp.ones(a), jnp.ones(b))
+  assert hlo.account(text).product_flops == flops
+
+
+def test_a_convolution_counts_what_does_not_fall_on_padding():
+  call = functools.partial(jax.lax.conv, window_strides=(1, 1), padding="SAME")
+  text = text_of(call, jnp.ones((2, 3, 8, 8)), jnp.ones((5, 3, 3, 3)))
+  # Of three rows (columns) of a kernel, one misses the image at either end.
+  assert hlo.account(text).product_flops == 2 * 2 * 5 * 3 * (3 * 8 - 2) ** 2
+
+
+def test_collectives_in_loops_by_kind_count_and_size():
+  mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+
+  def body(i, x):
+    return jax.lax.ppermute(x, "x", [(j, (j + 1) % 4) for j in range(4)])
+
+  def run(x):
+    return jax.lax.psum(jax.lax.fori_loop(0, 7, body, x), "x")
+
+  sharded = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec())
+  found = hlo.account(text_of(sharded, jnp.ones((64, 32)))).collectives
+  assert found["collective-permute"] == [7, 7 * 16 * 32 * 4]
+  assert found["all-reduce"] == [1, 16 * 32 * 4]
+
+
+def test_of_sliced_arrays_the_slices_are_accessed():
+  def run(x):
+    def body(i, x):
+      part = jax.lax.dynamic_slice_in_dim(x, 8 * i, 8)
+      return jax.lax.dynamic_update_slice_in_dim(x, 2 * part, 8 * i, 0)
+
+    return jax.lax.fori_loop(0, 64, body, x)
+
+  size = 512 * 256 * 4
+  accessed = hlo.account(text_of(run, jnp.ones((512, 256)))).bytes_accessed
+  assert 2 * size <= accessed < 8 * size  # and not 64 times the whole
+
+
+# From here on, the compiler is the real one for TPUs.
+
+
+@pytest.fixture(scope="module")
+def v5e():
+  return compiler.devices("v5e:2x4")
+
+
+def report(name, method, devices, batch, dtype="float32"):
+  train, evaluation = {"global_batch_size": batch, "steps": 1}, {"batch_size": len(devices)}
+  mesh = meshes.create(configs.resolve(tiny(train=train, eval=evaluation)), devices)
+  loss = global_batch.create(configs.Loss(name=name, method=method, dtype=dtype), mesh)
+  rows, whole = rules.batch_sharding(mesh), rules.replicated(mesh)
+  x = jax.ShapeDtypeStruct((batch, 512), jnp.float32, sharding=rows)
+  s = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+  call = jax.value_and_grad(lambda image, text, scale: loss(image, text, scale, -10.0), (0, 1, 2))
+  return compiler.compile(jax.jit(call, out_shardings=(whole, (rows, rows, whole))), x, x, s)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, products", [("softmax", 4), ("sigmoid", 3)])
+def test_the_ring_stays_small_and_needs_few_products(v5e, name, products):
+  found = report(name, "ring", v5e, 32_768, "bfloat16")
+  assert found.temporary_bytes <= 32 * 2**20 and found.peak_bytes <= 128 * 2**20
+  assert found.product_flops == products * 2 * 4096 * 32_768 * 512
+  assert found.flops >= found.product_flops and found.unknown_loops == 0
+  # The texts once a pass; with softmax two passes. Then the gradients, one more hop than there are shards.
+  passes = {"softmax": 2, "sigmoid": 1}[name]
+  expected = passes * 32_768 * 512 * 2 + 9 * 4096 * 512 * 4
+  assert expected <= found.collectives["collective-permute"][1] < 1.05 * expected
+
+
+@pytest.mark.slow
+def test_a_million_pairs_on_256_chips():
+  found = report("softmax", "ring", compiler.devices("v5e:16x16"), 2**20, "bfloat16")
+  assert found.temporary_bytes <= 32 * 2**20 and found.peak_bytes <= 128 * 2**20
+
+
+@pytest.mark.slow
+def test_a_step_with_micro_batches_compiles_and_gathers_only_embeddings(v5e):
+  config = configs.resolve(tiny(train={"global_batch_size": 256, "steps": 1, "microbatches": 4}, eval={"batch_size": 8}))
+  mesh = meshes.create(config, v5e)
+  sharding = rules.batch_sharding(mesh)
+  batch = {
+    "images": jax.ShapeDtypeStruct((256, 16, 16, 3), jnp.uint8, sharding=sharding),
+    "tokens": jax.ShapeDtypeStruct((256, 12), jnp.int32, sharding=sharding),
+  }
+  found = compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], batch)
+  assert 0 < found.argument_bytes < found.peak_bytes
+  assert found.collectives.get("all-gather", [0, 0])[1] <= 256 * 16 * 4 * 2
+
+
+def test_what_does_not_fit_is_said(v5e):
+  mesh = Mesh(np.array(v5e), ("x",))
+  x = jax.ShapeDtypeStruct((8 * 4096, 2**21), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x")))
+  with pytest.raises(compiler.OutOfMemoryError, match="RESOURCE_EXHAUSTED"):
+    compiler.compile(jax.jit(lambda x: x * 2 + x[::-1]), x)
+
+
+def test_a_topology_that_does_not_exist_is_one_sentence():
+  with pytest.raises(UsageError) as error:
+    compiler.devices("v9z:2x2")
+  assert "'v9z:2x2' cannot be compiled for; v5e:16x16 can" in str(error.value)
+  assert "\n" not in str(error.value)
