@@ -60,7 +60,9 @@ def account(text, repeat=True):
       kind = instruction.opcode.removesuffix("-start")
       if kind in ("dot", "convolution"):
         total.product_flops += times * _product_flops(instruction, computation)
-      elif kind in COLLECTIVES and not instruction.opcode.endswith("-done"):
+      elif kind in COLLECTIVES:
+        # Of TPUs: a sum of which each keeps a part is one operation, written as a fusion of two.
+        kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
         count, size = total.collectives.get(kind, (0, 0))
         total.collectives[kind] = [count + times, size + times * _moved(instruction, computation)]
       if not inside:

@@ -114,6 +114,41 @@ def test_the_ring_stays_small_and_needs_few_products(v5e, name, products):
 
 
 @pytest.mark.slow
+def test_gather_gathers_columns_once_and_scatters_their_gradients(v5e):
+  found = report("softmax", "gather", v5e, 32_768, "bfloat16").collectives
+  columns = 32_768 * 512
+  assert columns * 2 <= found["all-gather"][1] < 1.1 * columns * 2
+  assert columns * 4 <= found["reduce-scatter"][1] < 1.1 * columns * 4
+  assert found["all-reduce"][1] < 0.01 * columns * 4  # of what each column has seen
+
+
+@pytest.mark.slow
+def test_the_rings_transfers_run_while_products_do(v5e):
+  mesh = meshes.create(configs.resolve(tiny(train={"global_batch_size": 4096, "steps": 1}, eval={"batch_size": 8})), v5e)
+  loss = global_batch.create(configs.Loss(method="ring", dtype="bfloat16", chunk=256), mesh)
+  x = jax.ShapeDtypeStruct((4096, 512), jnp.float32, sharding=rules.batch_sharding(mesh))
+  text = jax.jit(jax.grad(lambda image, text: loss(image, text, 10.0), (0, 1))).lower(x, x).compile().as_text()
+  assert "is_scheduled=true" in text  # the order of instructions is that of execution
+  computations, _ = hlo.parse(text)
+
+  def multiplies(instruction):
+    called = instruction.rest.partition("calls=%")[2].partition(",")[0]
+    inner = [instruction, *computations.get(called, {}).values()]
+    return any(i.opcode in ("dot", "convolution") or "convolution" in i.name for i in inner)
+
+  overlapped = 0
+  for computation in computations.values():
+    order = list(computation.values())
+    places = {i.name: n for n, i in enumerate(order)}
+    # Of the embeddings and their gradients; statistics are a few bytes.
+    for done in (i for i in order if i.opcode == "collective-permute-done" and "[256,512]" in i.type):
+      between = order[places[done.operands[0]] + 1 : places[done.name]]
+      assert any(multiplies(i) for i in between), done.name
+      overlapped += 1
+  assert overlapped == 3  # texts in either pass, and their gradients
+
+
+@pytest.mark.slow
 def test_a_million_pairs_on_256_chips():
   found = report("softmax", "ring", compiler.devices("v5e:16x16"), 2**20, "bfloat16")
   assert found.temporary_bytes <= 32 * 2**20 and found.peak_bytes <= 128 * 2**20
