@@ -205,21 +205,30 @@ def _bytes(instruction, computation, computations):
   if instruction.opcode != "fusion":
     return sum(sizes) + output
   inner = computations[_called(instruction, "calls")]
-  for parameter in (i for i in inner.values() if i.opcode == "parameter"):
-    number = int(parameter.rest.partition(")")[0])
-    users = [i for i in inner.values() if parameter.name in i.operands]
-    if users and all(_slices(user, parameter.name) for user in users):
-      sizes[number] = sum(_sliced(user, inner) for user in users)
-  updates = [i for i in inner.values() if i.opcode == "dynamic-update-slice"]
-  for update in updates:
+  read = sum(_read(name, inner, computations) for name in _parameters(inner))
+  for update in (i for i in inner.values() if i.opcode == "dynamic-update-slice"):
     output -= type_bytes(update.type) - type_bytes(inner[update.operands[1]].type)
-  return sum(sizes) + max(output, 0)
+  return read + max(output, 0)
 
 
-def _slices(user, name):
-  return user.opcode in ("dynamic-slice", "dynamic-update-slice") and user.operands[0] == name
+def _read(name, computation, computations):
+  """How much of an array the instructions of a fusion read, fusions inside of it included."""
+  whole, read = type_bytes(computation[name].type), 0
+  for user in (i for i in computation.values() if name in i.operands):
+    place = user.operands.index(name)
+    if user.opcode == "dynamic-slice" and not place:
+      read += type_bytes(user.type)
+    elif user.opcode == "dynamic-update-slice" and not place:
+      read += type_bytes(computation[user.operands[1]].type)
+    elif user.opcode == "fusion":
+      inner = computations[_called(user, "calls")]
+      read += _read(_parameters(inner)[place], inner, computations)
+    else:
+      return whole
+  return min(read, whole)
 
 
-def _sliced(user, inner):
-  update = user.opcode == "dynamic-update-slice"
-  return type_bytes(inner[user.operands[1]].type if update else user.type)
+def _parameters(computation):
+  """Names of a computation's parameters, in their order."""
+  found = [i for i in computation.values() if i.opcode == "parameter"]
+  return [i.name for i in sorted(found, key=lambda i: int(i.rest.partition(")")[0]))]
