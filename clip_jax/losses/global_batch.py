@@ -110,7 +110,7 @@ def describe(loss, batch, embed, shards):
     shards: of the batch.
   """
   method = method_of(loss, batch, embed, shards)
-  need = {m: f"{estimated_bytes(loss, m, batch, embed, shards) / 2**20:,.0f} MiB" for m in tiles.METHODS}
+  need = {m: f"{estimated_bytes(loss, m, batch, embed, shards) / 2**20:,.1f} MiB" for m in tiles.METHODS}
   others = ", ".join(f"{other} {size}" for other, size in need.items() if other != method)
   return f"loss: {loss.name} over {batch:,} pairs, {method} (about {need[method]} a device; {others})"
 

@@ -37,7 +37,7 @@ TRAINING_CHARTS = {
   "samples_per_second": ("Samples per second", True, {"from_zero": True}),
   "data_wait": ("Time waiting on data", True, {"from_zero": True, "form": plots.percent}),
 }
-LOGIT_SCALE_CAP = 100.0  # Radford et al. 2021, section 2.5
+LOGIT_SCALE_CAP = 100.0  # of runs from before the config said it; Radford et al. 2021, section 2.5
 GALLERY_LIMIT = 60  # queries shown; beyond that the page gets heavy and nobody scrolls
 
 _IMAGE = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]+")
@@ -249,9 +249,11 @@ def _charts(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
   evaluated = {row.key: run.curve(row.key) for row in rows}
   domain = plots.samples_domain([*curves.values(), *evaluated.values()])
   levels = {"loss": _loss_of_chance(config)}
+  loss = config.get("loss")
+  cap = loss.get("max_logit_scale", LOGIT_SCALE_CAP) if isinstance(loss, dict) else LOGIT_SCALE_CAP
   # Far below the cap its line would only press the curve flat.
-  if "logit_scale" in curves and np.any(curves["logit_scale"].values > 0.6 * LOGIT_SCALE_CAP):
-    levels["logit_scale"] = plots.Reference("cap", LOGIT_SCALE_CAP)
+  if cap and "logit_scale" in curves and np.any(curves["logit_scale"].values > 0.6 * cap):
+    levels["logit_scale"] = plots.Reference("cap", cap)
   training = []
   for key, curve in curves.items():
     title, smoothed, options = TRAINING_CHARTS[key]

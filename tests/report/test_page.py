@@ -217,6 +217,15 @@ def test_loss_of_chance_is_that_of_the_softmax(tmp_path, loss, drawn):
   assert ("ln 256" in written(workdir).text) is drawn
 
 
+@pytest.mark.parametrize(
+  ("loss", "drawn"), [({"name": "softmax"}, True), ({"max_logit_scale": 150.0}, True), ({"max_logit_scale": None}, False)]
+)
+def test_the_cap_of_the_logit_scale_is_the_configs(tmp_path, loss, drawn):
+  lines = [training_line(s) | {"logit_scale": 95.0 + s / 100} for s in range(1, 30)]
+  found = written(make(tmp_path, lines, CONFIG | {"loss": loss}))
+  assert bool(re.search(r"\bcap\b", found.text)) is drawn
+
+
 def test_time_in_steps_leaves_out_the_pause_between_sessions(tmp_path):
   day_later = [training_line(s, time=1.79e9 + 86_400 + s) for s in range(61, 121)]
   found = written(make(tmp_path, [*map(training_line, range(1, 61)), *day_later]))
