@@ -1,6 +1,6 @@
 """CLIP ViT-L/14 at 336 pixels: one more epoch at a higher resolution (Radford et al. 2021, section 2.5).
 
-The paper starts this from its ViT-L/14 weights, with position embeddings interpolated.
+The paper starts this from its ViT-L/14 weights, with position embeddings interpolated: --config.train.init=runs/vitl14.
 """
 
 from configs import base

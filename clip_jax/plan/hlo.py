@@ -52,7 +52,7 @@ def account(text, repeat=True):
     An `Account`.
   """
   computations, entry = parse(text)
-  total = Account()
+  total, chains = Account(), set()
 
   def visit(name, times, inside):
     computation = computations[name]
@@ -60,7 +60,7 @@ def account(text, repeat=True):
       kind = instruction.opcode.removesuffix("-start")
       if kind in ("dot", "convolution"):
         total.product_flops += times * _product_flops(instruction, computation)
-      elif kind in COLLECTIVES:
+      elif kind in COLLECTIVES and _first_of_chain(instruction, chains):
         # Of TPUs: a sum of which each keeps a part is one operation, written as a fusion of two.
         kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
         count, size = total.collectives.get(kind, (0, 0))
@@ -143,6 +143,18 @@ def _attribute(instruction, name):
 
 def _called(instruction, name):
   return _attribute(instruction, name).lstrip("%")
+
+
+def _first_of_chain(instruction, chains):
+  """Whether a transfer has not been met yet: the compiler for TPUs writes one that it spreads over other work many times."""
+  chain = re.search(r'chain_id="\w+"', instruction.rest)
+  if not chain:
+    return True
+  source = re.search(r"metadata=\{([^}]*)\}", instruction.rest)
+  key = instruction.opcode, chain[0], source and source[1]
+  new = key not in chains
+  chains.add(key)
+  return new
 
 
 def _turns(instruction, computations):

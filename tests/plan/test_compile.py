@@ -81,6 +81,22 @@ def test_of_sliced_arrays_the_slices_are_accessed():
   assert 2 * size <= accessed < 8 * size  # and not 64 times the whole
 
 
+def test_a_transfer_that_is_spread_over_other_work_counts_once():
+  # As libtpu 0.0.42 writes the gather of vitb16's step, shortened: parts of one chain inside of fusions.
+  part = (
+    "  ROOT %all-gather.{0} = f32[8,4]{{1,0}} all-gather(%param_0.{0}), channel_id=1, dimensions={{0}}, "
+    'frontend_attributes={{chain_id="0"}}, metadata={{op_name="jit(step)/all_gather" stack_frame_id={1}}}'
+  )
+  parts = [(1, 7), (2, 7), (3, 8)]  # the third comes from another line of the program
+  fusions = [
+    f"%fused.{n} (param_0.{n}: f32[1,4]) -> f32[8,4] {{\n  %param_0.{n} = f32[1,4]{{1,0}} parameter(0)\n{part.format(n, frame)}\n}}\n"
+    for n, frame in parts
+  ]
+  calls = [f"  %fusion.{n} = f32[8,4]{{1,0}} fusion(%p), kind=kCustom, calls=%fused.{n}" for n, _ in parts]
+  entry = ["ENTRY %main (p: f32[1,4]) -> f32[8,4] {", "  %p = f32[1,4]{1,0} parameter(0)", *calls, "}"]
+  assert hlo.account("\n".join([*fusions, *entry])).collectives == {"all-gather": [2, 2 * 8 * 4 * 4]}
+
+
 # From here on, the compiler is the real one for TPUs.
 
 
