@@ -17,8 +17,8 @@ def get_config():
 
   config.data.path = "shards/*.tar"
   config.train.global_batch_size = 32_768  # "sufficient", abstract
-  config.train.samples = 9_000_000_000  # ours: about as many as the paper's comparison of batch sizes
+  config.train.samples = 9_000_000_000  # ours
   config.optimizer.learning_rate = 1e-3  # of the authors' siglip_lit_coco.py, here with warm-up as in CLIP
   config.optimizer.weight_decay = 1e-4  # ours
-  config.optimizer.beta2 = 0.95  # section 3.6: large batches are unstable with 0.999
+  config.optimizer.beta2 = 0.95  # the paper's, for the stability of large batches
   return config

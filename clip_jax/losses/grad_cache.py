@@ -1,7 +1,7 @@
 """Exact gradients of a contrastive loss over a batch that does not fit through the towers at once.
 
 Averaging the gradients of micro-batches is another loss: each would have its own, fewer negatives. Gao et al. 2021
-(GradCache, arXiv 2101.06983, section 3.2) embed all micro-batches first without keeping activations, take the gradient of the
+(GradCache, arXiv 2101.06983, section 3) embed all micro-batches first without keeping activations, take the gradient of the
 loss of the whole batch with respect to the embeddings, and pull each micro-batch's part of it back through
 the towers in a second pass.
 """

@@ -70,7 +70,7 @@ def shorten(tokens, keys, length, reduction):
   Returns:
     int32 [batch, length], laid out as `tokens`.
 
-  Li et al. 2023 (CLIPA, arXiv 2305.07017), section 3.
+  Li et al. 2023 (CLIPA, arXiv 2305.07017).
   """
   end = jnp.argmax(tokens, axis=-1)[:, None]
   words, kept = end - 1, jnp.minimum(end - 1, length - 2)

@@ -51,7 +51,7 @@ class Log:
       show: called with the step and its values, for a person to see.
     """
     self._writer, self._train, self._clock, self._show = writer, config.train, clock, show
-    self._pending = None
+    self._pending, self._wrong = None, False
     self._mark = (start, time.perf_counter(), 0.0, 0.0)
 
   def __call__(self, step, state, metrics):
@@ -69,7 +69,9 @@ class Log:
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
     if wrong:
       values["nonfinite"] = float(len(wrong))
+    if wrong and not self._wrong and jax.process_index() == 0:  # the first of a row: the lines have all of them
       print(f"\nstep {step:,}: not finite: {', '.join(wrong)}", file=sys.stderr, flush=True)
+    self._wrong = bool(wrong)
     now, waited, beside = time.perf_counter(), self._clock.waited, self._clock.beside
     last_step, last, last_waited, last_beside = self._mark
     seconds = max(now - last - (beside - last_beside), 1e-9)
