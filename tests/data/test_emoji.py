@@ -44,6 +44,8 @@ def start(cache, program=PREPARE):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    # A shell that runs the tests in its background has them, and all they start, ignore Ctrl-C.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
 
 
