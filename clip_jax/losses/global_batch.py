@@ -26,7 +26,6 @@ def create(loss, mesh):
     [global batch] by name. It returns the scalar loss. Called outside of jit, it also checks the embeddings,
     and raises a `ValueError` where they are not finite or not of unit length.
   """
-
   rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
   shards = batch_shards(mesh)
 

@@ -47,11 +47,7 @@ def sigmoid_contrastive_loss(
 
   Zhai et al. 2023, section 3.2 and algorithm 1. Memory and communication: docs/losses.md.
   """
-  tiles.check(
-    image, text, method=method, chunk=chunk, label_smoothing=label_smoothing, weights=weights, keys=keys
-  )
-  axes = (axes,) if isinstance(axes, str) else tuple(axes)
-  settings = (axes, method, chunk or tiles.chunk_for(len(image)), label_smoothing)
+  settings = tiles.settings(image, text, axes, method, chunk, label_smoothing, weights, keys)
   return _loss(settings, image, text, jnp.float32(logit_scale), jnp.float32(logit_bias), weights, keys)
 
 

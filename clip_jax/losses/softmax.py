@@ -73,11 +73,7 @@ def softmax_contrastive_loss(
 
   Radford et al. 2021, figure 3. Equations, memory and communication: docs/losses.md.
   """
-  tiles.check(
-    image, text, method=method, chunk=chunk, label_smoothing=label_smoothing, weights=weights, keys=keys
-  )
-  axes = (axes,) if isinstance(axes, str) else tuple(axes)
-  settings = (axes, method, chunk or tiles.chunk_for(len(image)), label_smoothing)
+  settings = tiles.settings(image, text, axes, method, chunk, label_smoothing, weights, keys)
   return _loss(settings, image, text, jnp.float32(logit_scale), weights, keys)
 
 

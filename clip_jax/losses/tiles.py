@@ -99,8 +99,11 @@ def weight_sum(weights, rows, axes):
   return jax.lax.psum(jnp.sum(weights), axes)
 
 
-def check(image, text, *, method, chunk, label_smoothing, weights, keys):
-  """Checks what can be known of the arguments of a loss before anything is computed.
+def settings(image, text, axes, method, chunk, label_smoothing, weights, keys):
+  """What of a loss's arguments is not an array, after a check of all that can be known before computing.
+
+  Returns:
+    The axes, a tuple; the method; the columns of a tile; the label smoothing.
 
   Raises:
     ValueError: one of them cannot be used; the message says which and what would be right.
@@ -121,6 +124,8 @@ def check(image, text, *, method, chunk, label_smoothing, weights, keys):
   for name, values in (("weights", weights), ("keys", keys)):
     if values is not None and values.shape != image.shape[:1]:
       raise ValueError(f"{name} are {list(values.shape)}; expected [{len(image)}], one a pair.")
+  axes = (axes,) if isinstance(axes, str) else tuple(axes)
+  return axes, method, chunk or chunk_for(len(image)), label_smoothing
 
 
 def sweep(tile, rows, columns, found, merge, reduce, *, axes, method, chunk):
