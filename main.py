@@ -2,7 +2,7 @@
 
 --config   a recipe: a Python file whose get_config() returns a ConfigDict
 --workdir  folder for checkpoints, metrics and the report
---config.a.b=value  changes a key; clip_jax/config.py says which there are
+--config.a.b=value  changes a key; clip_jax/config/schema.py says which there are
 
 Started again with the same work directory, it resumes what is there. Exit codes: 0 done, 2 wrong usage,
 config or input, 75 stopped early with everything saved, 1 anything else.

@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "clip_jax/__init__.py").re
 CORE = [
   "absl-py>=2.1",
   "clu>=0.0.12",
+  "flatbuffers>=24.3",  # jax.export serializes with it
   "flax>=0.12",
   "ftfy>=6.3",
   "grain>=0.2.15",
@@ -24,6 +25,7 @@ CORE = [
   "orbax-checkpoint>=0.12",
   "pillow>=11.0",
   "rich>=14.0",
+  "safetensors>=0.5",
   "tensorboardX>=2.6",
   "tensorflow-datasets>=4.9.9",
   "tensorstore>=0.1.80",
@@ -39,19 +41,28 @@ QUICKSTART = [
   "resvg-py>=0.2",
 ]
 
+TORCH = ["torch>=2.6", "transformers>=5.0"]
+ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
+SENTENCEPIECE = ["sentencepiece>=0.2"]
+
 EXTRAS = {
   "quickstart": QUICKSTART,
-  "test": QUICKSTART
-  + [
+  "test": [
+    *QUICKSTART,
+    *TORCH,
+    *ONNX,
+    *SENTENCEPIECE,
     "hypothesis>=6.130",
     "instant-clip-tokenizer>=0.1.1",
+    "protobuf>=5",  # transformers reads spiece.model with it
     "pytest>=8.3",
     "regex>=2024.11",
     "ruff>=0.11",
-    "transformers>=5.0",
     "jax[tpu]>=0.10",  # libtpu: programs are compiled for slices that are not there
   ],
-  "torch": ["torch>=2.6", "safetensors>=0.5"],
+  "torch": TORCH,
+  "onnx": [*TORCH, *ONNX],
+  "sentencepiece": SENTENCEPIECE,
   "plan": ["jax[tpu]"],
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],

@@ -5,6 +5,8 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 
 import argparse
 import json
+import math
+import re
 import sys
 
 from clip_jax.errors import UsageError
@@ -67,31 +69,58 @@ def _parser():
     verbs, "report", _report, _show_report, "Write report.html of a run.", "clip-jax report runs/quickstart"
   )
   report.add_argument("workdir", help="the run's work directory")
+  export = verb(
+    verbs, "export", _export, _show_export,
+    "Write a model for others: OpenAI's .pt file, open_clip's hub folder, a Hugging Face folder, StableHLO or ONNX.",
+    "clip-jax export runs/vitb16 --to huggingface exported/vitb16 --verify",
+  )  # fmt: skip
+  export.add_argument("checkpoint", help="a work directory or checkpoint; or another project's folder or file")
+  export.add_argument("out", help="what to write; there must be nothing yet")
+  export.add_argument("--to", required=True, choices=("openai", "open_clip", "huggingface", "stablehlo", "onnx"), help="the layout")
+  export.add_argument("--verify", action="store_true", help="run the same images and texts through both (needs torch)")
+  export.add_argument("--max-shard-size", type=_bytes, default="5GB", metavar="SIZE", help=(
+    "Hugging Face weights larger than this are split over files (5GB)"
+  ))  # fmt: skip
+  imports = verb(
+    verbs, "import", _import, _show_import,
+    "Make a checkpoint of another project's weights: OpenAI, open_clip or Hugging Face; .pt, .bin or safetensors.",
+    "clip-jax import ViT-B-32.pt imported/vitb32",
+  )  # fmt: skip
+  imports.add_argument("source", metavar="FILE_OR_FOLDER", help="a file of weights, or a folder with its config")
+  imports.add_argument("out", help="the checkpoint folder to write; there must be nothing yet")
+  for one in (export, imports):
+    one.add_argument("--model", metavar="NAME", help=(
+      "which model a file of tensors holds that does not say so, such as ViT-B-32-quickgelu"
+    ))  # fmt: skip
   verb(verbs, "doctor", _doctor, _show_doctor, "Tell what this machine has for training.", "clip-jax doctor")
   return parser
 
 
 def _models(_):
   from clip_jax import config as configs
-  from clip_jax.models import zoo
-  from clip_jax.models.clip import parameter_count
+  from clip_jax.models import size, zoo
 
   found = {}
   for name in zoo.MODELS:
-    model = configs.resolve({"model": {"name": name}, "train": {"steps": 1}}).model
-    found[name] = {**configs.to_dict(model), "parameters": parameter_count(model)}
+    model = configs.model_from_dict({"name": name})
+    image, text = size.forward_macs(model)
+    more = {"parameters": size.parameters(model), "image_gmacs": image / 1e9, "text_gmacs": text / 1e9}
+    found[name] = configs.to_dict(model) | more
   return found
 
 
 def _show_models(found):
-  print(f"{'name':<14}{'image':>6}{'embed':>7}  {'vision':<18}{'text':<16}{'parameters':>12}")
+  print(f"{'name':<25}{'image':>6}{'embed':>7}  {'vision':<19}{'text':<13}{'activation':<12}{'parameters':>12}{'GMACs':>16}")
   for name, model in found.items():
-    vision, text = (f"{t['width']}/{t['layers']}/{t['heads']}" for t in (model["vision"], model["text"]))
+    vision, text = model["vision"], model["text"]
+    layers = "-".join(map(str, vision["stages"])) if vision["stages"] else vision["layers"]
+    vision = f"{vision['width']}/{layers}/{vision['heads']}"
+    text = f"{text['width']}/{text['layers']}/{text['heads']}"
     print(
-      f"{name:<14}{model['image_size']:>6}{model['embed_dim']:>7}  {vision:<18}{text:<16}"
-      f"{model['parameters'] / 1e6:>10.2f} M"
+      f"{name:<25}{model['image_size']:>6}{model['embed_dim']:>7}  {vision:<19}{text:<13}{model['activation']:<12}"
+      f"{model['parameters'] / 1e6:>10,.2f} M{model['image_gmacs']:>8.2f} +{model['text_gmacs']:>6.2f}"
     )
-  print("vision and text: width/layers/heads")
+  print("vision and text: width/layers/heads; GMACs: one image + one text, forward; activation: of the Transformers' MLPs")
 
 
 def _data_index(arguments):
@@ -119,6 +148,77 @@ def _report(arguments):
 
 def _show_report(found):
   print(found["report"])
+
+
+def _bytes(text):
+  match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+  if not match or not float(match[1]):
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size; 5GB and 500MB are.")
+  return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def _find(path, name):
+  from clip_jax.convert import sources
+  from clip_jax.parallel import distributed
+
+  distributed.leave_tpu_out()
+  return sources.find(path, name)
+
+
+def _tracker(what):
+  from rich.console import Console
+  from rich.progress import track
+
+  # To stderr, and only for people: standard output is for the result.
+  return lambda items: track(items, what, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+
+
+def _described(source, out):
+  from clip_jax import config as configs
+
+  count = sum(math.prod(shape.shape) for shape in source.shapes.values())
+  return {"out": str(out), "from": source.layout, "parameters": count, "model": configs.to_dict(source.model)}
+
+
+def _export(arguments):
+  from clip_jax.convert import exports
+
+  source = _find(arguments.checkpoint, arguments.model)
+  verified = exports.write(
+    source, arguments.to, arguments.out,
+    split_bytes=arguments.max_shard_size, track=_tracker("exporting"), verified=arguments.verify,
+  )  # fmt: skip
+  found = _described(source, arguments.out) | {"to": arguments.to}
+  return found | ({"verify": verified} if verified else {})
+
+
+def _show_export(found):
+  print(f"{found['out']}: {_what(found)}, for {found['to']}.")
+  if "verify" in found:
+    seen = found["verify"]
+    differences = ", ".join(f"{key} {seen[key]:.1e}" for key in ("image", "text", "logits"))
+    print(f"Largest difference to {seen['with']}: {differences}.")
+
+
+def _import(arguments):
+  from clip_jax.convert import exports
+
+  source = _find(arguments.source, arguments.model)
+  exports.import_weights(source, arguments.out, track=_tracker("importing"))
+  return _described(source, arguments.out)
+
+
+def _show_import(found):
+  print(f"{found['out']}: {_what(found)}, from {found['from']}.")
+  model = found["model"]
+  print(
+    f"activation {model['activation']}, norm epsilon {model['norm_epsilon']:g}, images of {model['image_size']} pixels "
+    f"({model['resize_mode']}), texts of {model['text']['context_length']} tokens ({model['tokenizer']})."
+  )
+
+
+def _what(found):
+  return f"{found['model']['name'] or 'a model without a name'}, {found['parameters'] / 1e6:,.2f} M parameters"
 
 
 def _doctor(_):

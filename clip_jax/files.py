@@ -1,7 +1,11 @@
 """Writing files so that a reader, or a crash, never sees half of one."""
 
+import contextlib
 import os
+import shutil
 from pathlib import Path
+
+from clip_jax.errors import UsageError
 
 
 def write_text(path, text):
@@ -21,3 +25,36 @@ def write_text(path, text):
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new(path):
+  """A path to write a new file or folder at, which gets its name once it is whole.
+
+  Args:
+    path: where it shall be; its parent folder is made if it is missing.
+
+  Yields:
+    A path beside it where nothing is. What is left there by an error, or by Ctrl-C, is removed.
+
+  Raises:
+    UsageError: there is something at `path` already, or nothing can be written beside it.
+  """
+  path = Path(path)
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise UsageError(f"{path} exists already; remove it, or choose another name.")
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # without a dot in front, which Orbax's globs pass over
+  parents = [parent for parent in path.absolute().parents if not parent.exists()]  # the innermost first
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    os.replace(temporary, path)
+  except OSError as error:
+    raise UsageError(f"{path} cannot be written: {error.strerror or error}.") from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+    for parent in parents:
+      with contextlib.suppress(OSError):  # it is not empty, as after all that went well
+        parent.rmdir()

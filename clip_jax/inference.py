@@ -5,10 +5,10 @@ import functools
 import jax
 import numpy as np
 
+from clip_jax.convert import sources
 from clip_jax.data import images
 from clip_jax.data.pipeline import tokenizer_for
 from clip_jax.models.clip import CLIP
-from clip_jax.train import checkpoint
 
 
 class Model:
@@ -20,16 +20,17 @@ class Model:
     params: its parameters.
   """
 
-  def __init__(self, config, params):
+  def __init__(self, config, params, tokenizer=None):
     """Puts the parameters on the default device.
 
     Args:
       config: a resolved `clip_jax.config.Model`.
       params: the nested dict of arrays that `CLIP` takes.
+      tokenizer: its tokenizer, if it is not the one that the config names.
     """
     self.config, self.module = config, CLIP(config)
-    self.params = jax.tree.map(jax.numpy.asarray, params)
-    self._tokenizer = tokenizer_for(config)
+    self.params = jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.float32), params)
+    self._tokenizer = tokenizer or tokenizer_for(config)
 
   @property
   def logit_scale(self):
@@ -43,7 +44,7 @@ class Model:
 
   def preprocess(self, image):
     """A PIL image as the model wants it: uint8 [size, size, 3]."""
-    return images.resize_and_crop(image, self.config.image_size)
+    return images.resize_and_crop(image, self.config.image_size, self.config.resize_mode)
 
   def tokenize(self, texts):
     """A string or a list of strings as int32 [n, context_length]."""
@@ -95,17 +96,19 @@ class Model:
     return jax.jit(encode)
 
 
-def load(path):
+def load(path, model=None):
   """A trained model.
 
   Args:
-    path: a work directory (its newest checkpoint is taken), or one `checkpoints/STEP` folder.
+    path: a work directory (its newest checkpoint is taken), one `checkpoints/STEP` folder, what `clip-jax import`
+      wrote, a Hugging Face or open_clip folder, or a file of tensors.
+    model: the model's name, for a file of tensors that does not say what it holds.
 
   Returns:
     A `Model`.
 
   Raises:
-    UsageError: there is no checkpoint at that path.
+    UsageError: there are no weights at that path, or they are not those of the model they should be.
   """
-  folder = checkpoint.find(path)
-  return Model(checkpoint.read_card(folder), checkpoint.read_params(folder))
+  source = sources.find(path, model)
+  return Model(source.model, source.params(), source.tokenizer)

@@ -1,6 +1,6 @@
 """What the recipes of this folder share: CLIP as published (Radford et al. 2021).
 
-A recipe shows what differs from this. Every key, its type and its meaning are in clip_jax/config.py.
+A recipe shows what differs from this. Every key, its type and its meaning are in clip_jax/config/schema.py.
 """
 
 from ml_collections import ConfigDict
@@ -14,21 +14,25 @@ def get_config():
   config.model.name = ""
   config.model.image_size = placeholder(int)  # what the name stands for
   config.model.embed_dim = placeholder(int)
-  config.model.activation = "quick_gelu"  # as OpenAI's released weights
-  config.model.norm_epsilon = 1e-5
-  config.model.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images
-  config.model.image_std = (0.26862954, 0.26130258, 0.27577711)
-  config.model.tokenizer = "clip"
+  config.model.activation = placeholder(str)
+  config.model.norm_epsilon = placeholder(float)
+  config.model.image_mean = placeholder(tuple)
+  config.model.image_std = placeholder(tuple)
+  config.model.resize_mode = placeholder(str)
+  config.model.tokenizer = placeholder(str)
   config.model.compute_dtype = "bfloat16"  # the paper used float16 with loss scaling
   config.model.vision = ConfigDict()
   config.model.text = ConfigDict()
+  config.model.vision.kind = placeholder(str)
+  config.model.text.kind = placeholder(str)
   for size in ("patch_size", "width", "layers", "heads", "mlp_width"):
     config.model.vision[size] = placeholder(int)
+  config.model.vision.stages = placeholder(tuple)
   for size in ("context_length", "vocab_size", "width", "layers", "heads", "mlp_width", "train_length"):
     config.model.text[size] = placeholder(int)
   config.model.vision.patch_drop = 0.0
   config.model.text.reduction = "truncate"
-  config.model.logit_scale_init = 1 / 0.07  # section 2.5
+  config.model.logit_scale_init = placeholder(float)
   config.model.logit_bias_init = placeholder(float)
 
   config.loss = ConfigDict()
@@ -59,7 +63,8 @@ def get_config():
   config.train.samples = placeholder(int)
   config.train.steps = placeholder(int)  # wins over samples
   config.train.microbatches = 1
-  config.train.init = ""
+  config.train.init_from = ""
+  config.train.init_tower = "both"
   config.train.seed = 0
   config.train.log_every = 1
 
@@ -67,11 +72,14 @@ def get_config():
   config.optimizer.learning_rate = 5e-4  # table 20
   config.optimizer.warmup_steps = 2_000  # table 18
   config.optimizer.weight_decay = 0.2  # table 18
-  config.optimizer.no_decay = r"(^|/)(bias|qkv_bias|scale|logit_scale|logit_bias)$"  # "gains or biases", section 2.5
+  config.optimizer.no_decay = r"(^|/)(\w*bias|scale|mean|var|logit_scale)$"  # "gains or biases", section 2.5
   config.optimizer.beta1 = 0.9  # table 18
   config.optimizer.beta2 = 0.98  # table 18, Vision Transformers
   config.optimizer.epsilon = 1e-6  # table 18, Vision Transformers
   config.optimizer.gradient_clip_norm = placeholder(float)
+  config.optimizer.freeze = ""
+  config.optimizer.lr_multipliers = ()
+  config.optimizer.layer_decay = 1.0
 
   config.mesh = ConfigDict()
   config.mesh.data = -1

@@ -4,7 +4,7 @@ Two stages. The first sees images of 96 pixels (36 patches) and 8 tokens of each
 weights, sees 224 pixels and 32 tokens, with the positions of the patches interpolated:
 
     python main.py --config=configs/clipa_vitl16.py --workdir=runs/clipa
-    python main.py --config=configs/clipa_vitl16.py:tune --workdir=runs/clipa_tune --config.train.init=runs/clipa
+    python main.py --config=configs/clipa_vitl16.py:tune --workdir=runs/clipa_tune --config.train.init_from=runs/clipa
 
 Numbers are those of the authors' scripts for this model (UCSC-VLAA/CLIPA, clipa_torch/scripts/exp/gpu/vit_l16, I37 and
 T8). Towers, pooling and tokenizer are CLIP's here; CLIPA pools the mean, and cuts captions by their syntax or by length.

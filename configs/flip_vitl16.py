@@ -3,7 +3,7 @@
 Two stages. The first sees half of each image; a short second one, from its weights, sees whole images:
 
     python main.py --config=configs/flip_vitl16.py --workdir=runs/flip
-    python main.py --config=configs/flip_vitl16.py:tune --workdir=runs/flip_tune --config.train.init=runs/flip
+    python main.py --config=configs/flip_vitl16.py:tune --workdir=runs/flip_tune --config.train.init_from=runs/flip
 
 Numbers are those of the authors' repository (facebookresearch/flip, configs/default.py and cfg_flip_large.py). Towers,
 pooling and tokenizer are CLIP's here; FLIP has fixed positions, mean pooling and a text tower without a causal mask.

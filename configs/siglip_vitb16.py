@@ -1,6 +1,11 @@
-"""CLIP's ViT-B/16 towers with the sigmoid loss (Zhai et al. 2023, SigLIP, arXiv 2303.15343).
+"""SigLIP ViT-B/16: the sigmoid loss and its own towers (Zhai et al. 2023, arXiv 2303.15343).
 
-The loss, its scale and its bias are the paper's; the towers are CLIP's (class token, causal text), not SigLIP's.
+The image tower pools by attention, the text tower is not causal, and captions are read by a SentencePiece vocabulary of 32,000,
+whose file must be given: `spiece.model` of the Hugging Face folder google/siglip-base-patch16-224, say.
+
+    python main.py --config=configs/siglip_vitb16.py --workdir=runs/siglip --config.model.tokenizer=spiece.model
+
+The sigmoid loss with CLIP's towers and tokenizer: --config.model.name=ViT-B-16.
 """
 
 from configs import base
@@ -8,7 +13,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.model.name = "ViT-B-16"
+  config.model.name = "ViT-B-16-SigLIP"
   config.model.logit_scale_init = 10.0  # section 3.2
   config.model.logit_bias_init = -10.0  # section 3.2: most pairs are negatives, and should start as such
 

@@ -5,7 +5,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.model.name = "ViT-L-14"
+  config.model.name = "ViT-L-14-quickgelu"
   config.data.path = "shards/*.tar"
   config.train.samples = 12_800_000_000  # 32 epochs of 400M pairs, table 18
   config.optimizer.learning_rate = 4e-4  # table 20

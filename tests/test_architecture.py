@@ -19,6 +19,7 @@ FLOORS = (
 # Importing any part of the package runs the first; the other is a table that everybody may read.
 IMPORT_NOTHING = ("clip_jax", "clip_jax.models", "clip_jax.models.zoo")
 INSIDE_FUNCTIONS = {"torch", "tensorflow", "apache_beam", "wandb", "libtpu"}
+INSIDE_FUNCTIONS |= {"transformers", "open_clip", "onnxruntime", "onnxscript", "sentencepiece"}
 OF_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "clu", "chex"}
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from clip_jax.convert import sources
+from tests.convert import models
+
 CLI = [sys.executable, "-m", "clip_jax.cli"]
 
 
@@ -27,7 +30,7 @@ def test_help_imports_no_jax():
   assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("verb", [["models"], ["data", "index"], ["report"], ["doctor"]], ids=" ".join)
+@pytest.mark.parametrize("verb", [["models"], ["export"], ["import"], ["data", "index"], ["report"], ["doctor"]], ids=" ".join)
 def test_every_verb_has_help_with_an_example(verb):
   assert "example: clip-jax " + " ".join(verb) in run(*verb, "--help").stdout
 
@@ -37,6 +40,26 @@ def test_models_as_json_and_as_a_table():
   assert found["ViT-B-16"]["parameters"] == 149_620_737
   assert found["ViT-L-14-336"]["image_size"] == 336
   assert "149.62 M" in run("models").stdout
+
+
+def test_export_and_import_tell_what_they_did(tmp_path):
+  params, _ = models.checkpoint(tmp_path / "ours", models.model("openai"))
+  found = json.loads(run("export", "ours", "--to", "huggingface", "theirs", "--verify", "--json", cwd=tmp_path).stdout)
+  assert found["parameters"] == sum(value.size for value in params.values()) and found["to"] == "huggingface"
+  assert max(found["verify"]["image"], found["verify"]["text"]) < 1e-5
+  assert found["model"]["activation"] == "quick_gelu"
+  done = run("import", "theirs", "again", cwd=tmp_path).stdout
+  assert "from huggingface" in done and "activation quick_gelu" in done
+  models.assert_same(sources.find(tmp_path / "again"), params)
+  done = run("export", "again", "--to", "open_clip", "more", cwd=tmp_path)
+  assert done.stdout.startswith("more: a model without a name") and done.stderr == ""
+
+
+def test_a_pickle_with_code_in_it_exits_with_2_and_writes_nothing(tmp_path):
+  (tmp_path / "evil.pt").write_bytes(b"cos\nsystem\n(S'touch HOSTILE'\ntR.")
+  done = run("import", "evil.pt", "out", code=2, cwd=tmp_path)
+  assert "evil.pt cannot be read" in done.stderr and "Traceback" not in done.stderr
+  assert [path.name for path in tmp_path.iterdir()] == ["evil.pt"]
 
 
 def test_data_index_counts_records_and_leaves_an_index(colors):
@@ -55,6 +78,10 @@ def test_doctor_tells_devices_and_versions():
   [
     (["data", "index", "nowhere/*.tar"], "nowhere/*.tar: no such file"),
     (["report", "nowhere"], "nowhere"),
+    (["export", "nowhere", "out", "--to", "openai"], "nowhere does not exist"),
+    (["export", "nowhere", "out", "--to", "keras"], "invalid choice"),
+    (["export", "nowhere", "out", "--to", "openai", "--max-shard-size", "5 stones"], "'5 stones' is not a size; 5GB and 500MB are"),
+    (["import", ".", "out"], "holds no checkpoint"),
     (["fly"], "invalid choice"),
     ([], "required"),
   ],

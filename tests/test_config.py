@@ -23,6 +23,7 @@ def changed(path, value):
   return values
 
 
+RESNET = {"kind": "resnet", "stages": (1, 1, 1, 1), "width": 8, "heads": 4}
 WRONG = [
   ("optimizer.learn_rate", 1e-3, "config.optimizer.learn_rate is not a key of optimizer. Did you mean learning_rate?"),
   ("optimiser", {}, "Did you mean optimizer?"),
@@ -64,6 +65,25 @@ WRONG = [
   ("loss.label_smoothing", 1.0, "config.loss.label_smoothing=1.0 must be at least 0 and less than 1"),
   ("loss.max_logit_scale", 0.0, "config.loss.max_logit_scale=0.0 must be positive"),
   ("train.microbatches", 0, "config.train.microbatches=0 must lie between 1"),
+  ("train.init_tower", "vision", "config.train.init_tower='vision' must be one of 'both', 'image', 'text'"),
+  ("optimizer.freeze", "(image", "config.optimizer.freeze='(image' is not a regular expression"),
+  ("optimizer.lr_multipliers", (("image", -1.0),), "lr_multipliers[0][1]=-1.0 must be at least 0"),
+  ("optimizer.lr_multipliers", (("image", 0.1, 2),), "config.optimizer.lr_multipliers[0] is ('image', 0.1, 2)"),
+  ("optimizer.lr_multipliers", (("[", 0.1),), "lr_multipliers[0][0]='[' is not a regular expression"),
+  ("optimizer.layer_decay", 0.0, "config.optimizer.layer_decay=0.0 must be more than 0 and at most 1"),
+  ("model.resize_mode", "longest", "'shortest', 'squash'"),
+  ("model.norm_epsilon", 0.0, "config.model.norm_epsilon=0.0 must be positive"),
+  ("model.vision.kind", "swin", "config.model.vision.kind='swin' must be one of 'vit', 'siglip', 'resnet'"),
+  ("model.vision.kind", "siglip", "config.model.embed_dim=16 must be config.model.vision.width=32"),
+  ("model.vision.stages", (1, 1, 1, 1), "config.model.vision.stages is for a ResNet"),
+  ("model.vision", {"kind": "resnet", "stages": (1, 1), "width": 8, "heads": 4}, "must be four numbers of blocks"),
+  ("model.vision", {**RESNET, "layers": 3}, "config.model.vision.layers has no meaning for a ResNet"),
+  ("model.vision", {**RESNET, "width": 9}, "config.model.vision.width=9 must be even"),
+  ("model.vision", {**RESNET, "heads": 7}, "heads=7 does not divide 32 * config.model.vision.width=256"),
+  ("model.vision", RESNET, "config.model.image_size=16 is not a multiple of 32"),
+  ("model.vision", {"kind": "resnet", "width": 8, "heads": 4}, "config.model.vision.stages is not set"),
+  ("model.text.kind", "bert", "'clip', 'siglip'"),
+  ("model.text", {"kind": "siglip", "width": 16, "layers": 1, "heads": 2, "train_length": 8}, "that are read at the end token"),
   ("eval.retrieval", {"coco": {"pth": "x"}}, "config.eval.retrieval.coco.pth is not a key"),
   ("eval.zero_shot", {"pets": {"path": "x"}}, "needs at least one class name"),
   ("eval.zero_shot", {"pets": {"classes": ("cat",), "templates": ("a photo",)}}, "must hold {} once"),
@@ -115,6 +135,17 @@ def test_sizes_come_from_the_name_and_can_be_changed():
   assert (model.text.context_length, model.text.width, model.embed_dim) == (32, 512, 512)
 
 
+def test_a_name_says_more_than_sizes():
+  model = {name: configs.model_from_dict({"name": name}) for name in ("ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP", "RN50")}
+  assert (model["ViT-B-32"].activation, model["ViT-B-32-quickgelu"].activation) == ("gelu", "quick_gelu")
+  siglip = model["ViT-B-16-SigLIP"]
+  assert (siglip.norm_epsilon, siglip.image_mean, siglip.resize_mode) == (1e-6, (0.5, 0.5, 0.5), "squash")
+  assert (siglip.logit_scale_init, siglip.logit_bias_init, siglip.text.context_length) == (10, -10, 64)
+  assert (model["RN50"].vision.kind, model["RN50"].vision.mlp_width) == ("resnet", None)
+  changed = configs.model_from_dict({"name": "ViT-B-32", "activation": "quick_gelu", "image_size": 256})
+  assert (changed.activation, changed.image_size) == ("quick_gelu", 256)
+
+
 def test_steps_win_over_samples_and_samples_round_down():
   assert configs.resolve(tiny(train={"steps": None, "samples": 100, "global_batch_size": 32})).train.steps == 3
   train = configs.resolve(tiny(train={"steps": 7, "samples": 100, "global_batch_size": 32})).train
@@ -164,6 +195,11 @@ def test_recipes_are_the_papers(name, rate):
   assert config.optimizer.learning_rate == rate
   assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.epsilon) == (0.9, 0.98, 1e-6)
   assert (config.optimizer.weight_decay, config.optimizer.warmup_steps) == (0.2, 2000)
+
+
+def test_the_lit_recipe_locks_the_image_tower_it_starts_from():
+  config = configs.resolve(importlib.import_module("configs.lit_vitb16").get_config())
+  assert (config.train.init_tower, config.optimizer.freeze) == ("image", "^image/")
 
 
 def test_the_base_config_and_the_schema_agree_on_every_default():

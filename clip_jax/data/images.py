@@ -104,18 +104,21 @@ def _set_grey_on_white(image, encoded):
     image[image == level] = np.iinfo(image.dtype).max
 
 
-def resize_and_crop(image, size):
-  """The evaluation transform of CLIP: shorter side to `size`, then the centre square.
+def resize_and_crop(image, size, mode="shortest"):
+  """The evaluation transform: bicubic, with Pillow.
 
   Args:
     image: uint8 [height, width, 3] or a PIL image.
     size: pixels.
+    mode: "shortest", as CLIP: the shorter side to `size`, then the centre square; or "squash", as SigLIP: both sides.
 
   Returns:
     uint8 [size, size, 3].
   """
   image = image if isinstance(image, Image.Image) else Image.fromarray(image)
   image = image.convert("RGB")
+  if mode == "squash":
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
   width, height = image.size
   # The longer side is truncated, as torchvision does; in whole numbers, or 45 * (224 / 5) is 2015.
   short = min(width, height)

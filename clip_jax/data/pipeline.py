@@ -13,9 +13,9 @@ import threading
 import grain
 import numpy as np
 
-from clip_jax.data import images, order
+from clip_jax.data import images, order, tokenizer_folders
 from clip_jax.data.tokenizer import ClipTokenizer
-from clip_jax.errors import DataError
+from clip_jax.errors import ConfigError, DataError
 
 # Examples loaded by one call: enough to make a thread's bookkeeping and the tokenizer's cheap, few enough
 # that the first batch of a small run is spread over all threads.
@@ -26,8 +26,22 @@ MAX_SUBSTITUTES = 100
 
 
 def tokenizer_for(model):
-  """The tokenizer that a `clip_jax.config.Model` names."""
-  return ClipTokenizer(model.text.context_length)
+  """The tokenizer that a `clip_jax.config.Model` names.
+
+  Raises:
+    UsageError: its file cannot be read, or does not go with the model.
+  """
+  if model.tokenizer == "clip":
+    return ClipTokenizer(model.text.context_length)
+  tokenizer = tokenizer_folders.read(model.tokenizer, model.text.context_length)
+  has = model.text.vocab_size
+  if tokenizer.vocab_size > has:
+    raise ConfigError(f"config.model.text.vocab_size={has:,} is smaller than the {tokenizer.vocab_size:,} of {model.tokenizer}.")
+  if model.text.kind == "clip" and tokenizer.end_id != has - 1:
+    raise ConfigError(
+      f"{model.tokenizer} has the end token {tokenizer.end_id} of {has:,}; a text tower of CLIP is read at the largest id."
+    )
+  return tokenizer
 
 
 def train_batches(source, config, *, rows, start, bad_records=None):
@@ -62,12 +76,13 @@ def train_batches(source, config, *, rows, start, bad_records=None):
   return _joined(loaded, chunks)
 
 
-def evaluation_pixels(record, size):
+def evaluation_pixels(record, size, mode):
   """The image of a held-out record with the evaluation transform.
 
   Args:
     record: a `Record`.
     size: pixels.
+    mode: the model's `resize_mode`.
 
   Returns:
     uint8 [size, size, 3].
@@ -76,7 +91,7 @@ def evaluation_pixels(record, size):
     DataError: it cannot be decoded. A score over some other set would not be comparable.
   """
   try:
-    return images.resize_and_crop(images.decode(record.image), size)
+    return images.resize_and_crop(images.decode(record.image), size, mode)
   except images.DecodeError as error:
     raise DataError(f"{record.key}: {error}; a held-out set must be whole.") from error
 

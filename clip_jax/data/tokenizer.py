@@ -82,7 +82,7 @@ class ClipTokenizer:
     Raises:
       ValueError: if an item is not a string (a missing caption read as None or NaN, say).
     """
-    captions = [clean(text) for text in _checked(texts)]
+    captions = [clean(text) for text in checked(texts)]
     rows = np.zeros((len(captions), self.context_length), np.int32)
     rows[:, 0] = self.start_token
     for row, ids in zip(rows, _encode(captions), strict=True):
@@ -125,21 +125,27 @@ def _byte_symbols() -> dict[str, int]:
   return {chr(byte): byte for byte in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+  """CLIP's tokens, as a dict of their ids in the order of the ids, and its merges, first ones first."""
+  table = resources.files("clip_jax.data") / "bpe_simple_vocab_16e6.txt.gz"
+  with table.open("rb") as packed, gzip.open(packed, "rt", encoding="utf-8") as lines:
+    merges = [tuple(line.split()) for line in itertools.islice(lines, 1, 1 + MERGES)]
+  symbols = list(_byte_symbols())
+  tokens = [*symbols, *(s + WORD_END for s in symbols), *map("".join, merges), *SPECIAL]
+  return {token: i for i, token in enumerate(tokens)}, merges
+
+
 _loading = threading.Lock()
 
 
 @functools.cache
 def _load() -> tuple[Tokenizer, pre_tokenizers.Split]:
-  table = resources.files("clip_jax.data") / "bpe_simple_vocab_16e6.txt.gz"
-  with table.open("rb") as packed, gzip.open(packed, "rt", encoding="utf-8") as lines:
-    merges = [tuple(line.split()) for line in itertools.islice(lines, 1, 1 + MERGES)]
-  symbols = list(_byte_symbols())
-  vocab = [*symbols, *(s + WORD_END for s in symbols), *map("".join, merges), *SPECIAL]
+  vocab, merges = vocabulary()
   words = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
   to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   rust = Tokenizer(
     models.BPE(
-      vocab={token: i for i, token in enumerate(vocab)},
+      vocab=vocab,
       merges=merges,
       end_of_word_suffix=WORD_END,
       # Words whose merges are remembered. The library never evicts one, and its default of
@@ -156,7 +162,12 @@ def _rust() -> tuple[Tokenizer, pre_tokenizers.Split]:
     return _load()
 
 
-def _checked(texts: str | Sequence[str]) -> Sequence[str]:
+def checked(texts: str | Sequence[str]) -> Sequence[str]:
+  """One caption or many as a sequence of strings.
+
+  Raises:
+    ValueError: an item is not a string (a missing caption read as None or NaN, say).
+  """
   if isinstance(texts, str):
     return [texts]
   if isinstance(texts, bytes) or not isinstance(texts, Iterable):

@@ -61,7 +61,8 @@ class Retrieval:
 
   def pixels(self, index):
     """The image of a record with the evaluation transform: uint8 [size, size, 3]."""
-    return evaluation_pixels(self.source[int(index)], self._encoder.model.image_size)
+    model = self._encoder.model
+    return evaluation_pixels(self.source[int(index)], model.image_size, model.resize_mode)
 
   def yardstick(self):
     """Scores that need no training, for sets that ask for them: "eval/NAME/nearest_pixels_R@K"."""

@@ -71,4 +71,5 @@ class ZeroShot:
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
   def _pixels(self, index):
-    return evaluation_pixels(self._source[int(index)], self._encoder.model.image_size)
+    model = self._encoder.model
+    return evaluation_pixels(self._source[int(index)], model.image_size, model.resize_mode)

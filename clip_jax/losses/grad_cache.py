@@ -13,7 +13,7 @@ from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
 
 
-def value_and_grad(embed, loss, *, microbatches, mesh):
+def value_and_grad(embed, loss, *, microbatches, mesh, has_aux=False):
   """Value and gradient of `loss(params, embed(params, batch), batch)`.
 
   Args:
@@ -24,11 +24,24 @@ def value_and_grad(embed, loss, *, microbatches, mesh):
       parameters itself, such as the logit scale, is counted once.
     microbatches: how many parts each shard's rows are cut into; 1 goes through the towers once.
     mesh: the device mesh.
+    has_aux: whether `embed` returns a pair, of which the loss takes the first and the second is handed on: what
+      the whole batch has to say of itself, such as the statistics of batch norms. Then rows may depend on each
+      other, and `microbatches` must be 1.
 
   Returns:
     A function of parameters and a batch, a tree of arrays [global batch, ...] sharded over the batch axes,
-    that returns the value and the gradient with respect to the parameters.
+    that returns the value and the gradient with respect to the parameters. With `has_aux` a pair, of the value
+    and what `embed` handed on, stands in place of the value.
   """
+  if has_aux:
+    if microbatches > 1:
+      raise ValueError("what embed returns of a whole batch is not known from microbatches")
+
+    def with_aux(params, batch):
+      embedded, aux = embed(params, batch)
+      return loss(params, embedded, batch), aux
+
+    return jax.value_and_grad(with_aux, has_aux=True)
   if microbatches == 1:
     return jax.value_and_grad(lambda params, batch: loss(params, embed(params, batch), batch))
 

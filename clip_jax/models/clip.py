@@ -3,7 +3,9 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from clip_jax.models.resnet import STATISTICS, ModifiedResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.transformer import parameter
 from clip_jax.models.vit import VisionTransformer
@@ -28,15 +30,25 @@ class CLIP(nn.Module):
       dtype=dtype,
     )
     vision, text = config.vision, config.text
-    self.image = VisionTransformer(
-      patch_size=vision.patch_size,
-      width=vision.width,
-      layers=vision.layers,
-      heads=vision.heads,
-      mlp_width=vision.mlp_width,
-      patch_drop=vision.patch_drop,
-      **shared,
-    )
+    if vision.kind == "resnet":
+      self.image = ModifiedResNet(
+        stages=vision.stages,
+        width=vision.width,
+        heads=vision.heads,
+        embed_dim=config.embed_dim,
+        dtype=dtype,
+      )
+    else:
+      self.image = VisionTransformer(
+        patch_size=vision.patch_size,
+        width=vision.width,
+        layers=vision.layers,
+        heads=vision.heads,
+        mlp_width=vision.mlp_width,
+        patch_drop=vision.patch_drop,
+        map_head=vision.kind == "siglip",
+        **shared,
+      )
     self.text = TextTransformer(
       vocab_size=text.vocab_size,
       context_length=text.context_length,
@@ -44,6 +56,7 @@ class CLIP(nn.Module):
       layers=text.layers,
       heads=text.heads,
       mlp_width=text.mlp_width,
+      causal=text.kind == "clip",
       train_length=text.train_length,
       reduction=text.reduction,
       **shared,
@@ -54,21 +67,28 @@ class CLIP(nn.Module):
       init = parameter(nn.initializers.constant(config.logit_bias_init))
       self.logit_bias = self.param("logit_bias", init, ())
 
-  def encode_image(self, images, normalize=True, keys=None):
+  def encode_image(self, images, normalize=True, keys=None, train=False):
     """uint8 [batch, size, size, 3] -> float32 [batch, embed_dim], of unit length if `normalize`.
 
-    In training `keys`, [batch] `jax.random` keys, choose what is left out of each example.
+    In training `keys`, [batch] `jax.random` keys, choose what is left out of each example. `train` has batch norms
+    take the statistics of this batch, and leave new running ones in the collection "batch_stats" if it is mutable.
     """
     pixels = normalize_pixels(images, self.config.image_mean, self.config.image_std)
+    if has_batch_norm(self.config):
+      return _embedding(self.image(pixels, train), normalize)  # a ResNet sees whole images
     return _embedding(self.image(pixels, keys), normalize)
 
-  def encode_text(self, tokens, normalize=True, keys=None):
-    """int32 [batch, context_length] -> float32 [batch, embed_dim], of unit length if `normalize`."""
+  def encode_text(self, tokens, normalize=True, keys=None, train=False):
+    """int32 [batch, context_length] -> float32 [batch, embed_dim], of unit length if `normalize`.
+
+    `keys` as in `encode_image`; `train` changes nothing, as no text tower has a batch norm.
+    """
     return _embedding(self.text(tokens, keys), normalize)
 
-  def __call__(self, images, tokens, keys=None):
-    """Both embeddings and the logit scale, exponentiated; `keys` as in `encode_image`."""
-    image, text = self.encode_image(images, keys=keys), self.encode_text(tokens, keys=keys)
+  def __call__(self, images, tokens, keys=None, train=False):
+    """Both embeddings and the logit scale, exponentiated; `keys` and `train` as in `encode_image`."""
+    image = self.encode_image(images, keys=keys, train=train)
+    text = self.encode_text(tokens, keys=keys, train=train)
     return image, text, jnp.exp(self.logit_scale)
 
 
@@ -87,14 +107,27 @@ def initial_params(config, key):
   return CLIP(config).init(key, images, tokens)["params"]
 
 
-def parameter_count(config):
-  """Number of parameters of a model, counted without making them.
+def has_batch_norm(config):
+  """Whether a model has running statistics, which training sets from its batches and not by gradients."""
+  return config.vision.kind == "resnet"
+
+
+def with_statistics(params, statistics):
+  """Parameters with new running statistics.
 
   Args:
-    config: a resolved `clip_jax.config.Model`.
+    params: a nested dict.
+    statistics: the collection "batch_stats" that a pass with `train` left, with the same paths.
+
+  Returns:
+    A nested dict like `params`.
   """
-  shapes = jax.eval_shape(lambda: initial_params(config, jax.random.key(0)))
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  return unflatten_dict({**flatten_dict(params), **flatten_dict(statistics)})
+
+
+def without_statistics(params):
+  """Of a nested dict of parameters those that gradients change: all but running statistics."""
+  return unflatten_dict({path: x for path, x in flatten_dict(params).items() if path[-1] not in STATISTICS})
 
 
 def leaves_out(config):

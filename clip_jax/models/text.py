@@ -1,4 +1,4 @@
-"""The causal text Transformer of CLIP (Radford et al. 2021, section 2.4)."""
+"""The text Transformers of CLIP (Radford et al. 2021, section 2.4) and SigLIP (Zhai et al. 2023)."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,11 @@ from clip_jax.models.transformer import LayerNorm, Transformer, parameter
 
 
 class TextTransformer(nn.Module):
-  """Reads the embedding off at the end-of-text token, which has seen the whole caption."""
+  """CLIP's is causal, and read at the end-of-text token, which has seen the whole caption.
+
+  SigLIP's (`causal` false) sees all of a padded caption at every place, is read at the last one, and its projection
+  has a bias.
+  """
 
   vocab_size: int
   context_length: int
@@ -16,6 +20,7 @@ class TextTransformer(nn.Module):
   layers: int
   heads: int
   mlp_width: int
+  causal: bool
   train_length: int | None
   reduction: str
   embed_dim: int
@@ -28,7 +33,7 @@ class TextTransformer(nn.Module):
     """Embeds token ids.
 
     Args:
-      tokens: int32 [batch, context_length]; the end token has the largest id of its row.
+      tokens: int32 [batch, context_length]; in a causal tower the end token has the largest id of its row.
       keys: [batch] `jax.random` keys, in training; without them captions are seen whole.
 
     Returns:
@@ -45,17 +50,23 @@ class TextTransformer(nn.Module):
       layers=self.layers,
       heads=self.heads,
       mlp_width=self.mlp_width,
-      causal=True,
+      causal=self.causal,
       activation=self.activation,
       norm_epsilon=self.norm_epsilon,
       dtype=self.dtype,
       name="transformer",
     )(x)
-    end = jnp.argmax(tokens, axis=-1)
-    x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+    if self.causal:
+      end = jnp.argmax(tokens, axis=-1)
+      x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+    else:
+      x = x[:, -1]
     x = LayerNorm(self.norm_epsilon, self.dtype, name="norm_final")(x)
     init = parameter(nn.initializers.normal(self.width**-0.5), "embed", None)
-    return x @ self.param("projection", init, (self.width, self.embed_dim)).astype(self.dtype)
+    x = x @ self.param("projection", init, (self.width, self.embed_dim)).astype(self.dtype)
+    if self.causal:
+      return x
+    return x + self.param("projection_bias", parameter(nn.initializers.zeros, None), (self.embed_dim,)).astype(self.dtype)
 
 
 def shorten(tokens, keys, length, reduction):

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 ACTIVATIONS = {
   "gelu": lambda x: nn.gelu(x, approximate=False),
-  # Hendrycks & Gimpel 2016; what OpenAI's weights were trained with.
+  "gelu_tanh": lambda x: nn.gelu(x, approximate=True),  # Hendrycks & Gimpel 2016, section 2; what SigLIP has
+  # Hendrycks & Gimpel 2016, section 2; what OpenAI's weights were trained with.
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
@@ -73,16 +74,33 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention with one fused projection for query, key and value."""
+  """Multi-head attention of a sequence to itself, or of a query to it, with one fused projection.
+
+  Attributes:
+    heads: of equal size.
+    causal: whether a place sees only itself and those before it.
+    output_stddev: of the initial output kernel.
+    features: width of what is returned; that of the input if None.
+  """
 
   heads: int
   causal: bool
   output_stddev: float
   dtype: jnp.dtype
+  features: int | None = None
 
   @nn.compact
-  def __call__(self, x):
-    batch, length, width = x.shape
+  def __call__(self, x, query=None):
+    """Mixes values.
+
+    Args:
+      x: [batch, length, width].
+      query: [batch, queries, width], or None for `x` itself.
+
+    Returns:
+      [batch, queries, features].
+    """
+    width = x.shape[-1]
     size = width // self.heads
     init = parameter(nn.initializers.normal(width**-0.5), "embed", None, "heads", None)
     kernel = self.param("qkv_kernel", init, (width, 3, self.heads, size))
@@ -91,18 +109,30 @@ class Attention(nn.Module):
     # One flat product; heads are split as late as possible, which saves the transposes of a
     # [batch, length, 3, heads, size] array.
     kernel = kernel.reshape(width, 3 * width).astype(self.dtype)
-    flat = matmul(x, kernel) + bias.reshape(-1).astype(self.dtype)
-    query, key, value = (
-      part.reshape(batch, length, self.heads, size) for part in jnp.split(flat, 3, axis=-1)
-    )
+    bias = bias.reshape(-1).astype(self.dtype)
+    if query is None:
+      parts = jnp.split(matmul(x, kernel) + bias, 3, axis=-1)
+    else:
+      first = matmul(query, kernel[:, :width]) + bias[:width]
+      parts = [first, *jnp.split(matmul(x, kernel[:, width:]) + bias[width:], 2, axis=-1)]
+    query, key, value = (part.reshape(*part.shape[:2], self.heads, size) for part in parts)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     scores = scores * size**-0.5
     if self.causal:
-      visible = jnp.tril(jnp.ones((length, length), bool))
+      visible = jnp.tril(jnp.ones(scores.shape[2:], bool))
       scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, width)
-    return Dense(width, ("heads", "embed"), self.output_stddev, self.dtype, name="out")(mixed)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*query.shape[:2], width)
+    features = width if self.features is None else self.features
+    return Dense(features, ("heads", "embed"), self.output_stddev, self.dtype, name="out")(mixed)
+
+
+def mlp(x, hidden_width, activation, output_stddev, dtype):
+  """Two affine maps with an activation between them: `mlp_in` and `mlp_out` of the module that calls it."""
+  width = x.shape[-1]
+  into = Dense(hidden_width, ("embed", "mlp"), (2 * width) ** -0.5, dtype, name="mlp_in")
+  out_of = Dense(width, ("mlp", "embed"), output_stddev, dtype, name="mlp_out")
+  return out_of(ACTIVATIONS[activation](into(x)))
 
 
 class Block(nn.Module):
@@ -123,9 +153,7 @@ class Block(nn.Module):
     normed = LayerNorm(self.norm_epsilon, self.dtype, name="norm_1")(x)
     x = x + Attention(self.heads, self.causal, output_stddev, self.dtype, name="attention")(normed)
     normed = LayerNorm(self.norm_epsilon, self.dtype, name="norm_2")(x)
-    hidden = Dense(self.mlp_width, ("embed", "mlp"), (2 * width) ** -0.5, self.dtype, name="mlp_in")
-    output = Dense(width, ("mlp", "embed"), output_stddev, self.dtype, name="mlp_out")
-    return x + output(ACTIVATIONS[self.activation](hidden(normed)))
+    return x + mlp(normed, self.mlp_width, self.activation, output_stddev, self.dtype)
 
 
 class Transformer(nn.Module):

@@ -1,4 +1,4 @@
-"""The Vision Transformer of CLIP (Dosovitskiy et al. 2020; Radford et al. 2021, section 2.4)."""
+"""The Vision Transformers of CLIP and SigLIP (Dosovitskiy et al. 2020; Radford et al. 2021, section 2.4)."""
 
 import math
 
@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.models.transformer import LayerNorm, Transformer, matmul, parameter
+from clip_jax.models.transformer import Attention, LayerNorm, Transformer, matmul, mlp, parameter
 
 
 class VisionTransformer(nn.Module):
-  """Patches, a class token, learned positions, and a norm before as well as after the blocks."""
+  """Patches and learned positions through a Transformer.
+
+  CLIP's reads the embedding off at a class token, has a norm before as well as after the blocks, and ends in a
+  projection. SigLIP's (`map_head`) has a bias on its patches and reads with a query that attends to all of them.
+  """
 
   patch_size: int
   width: int
@@ -19,6 +23,7 @@ class VisionTransformer(nn.Module):
   heads: int
   mlp_width: int
   patch_drop: float
+  map_head: bool
   embed_dim: int
   activation: str
   norm_epsilon: float
@@ -37,17 +42,18 @@ class VisionTransformer(nn.Module):
     """
     x = self._patches(images.astype(self.dtype))
     batch, patches, width = x.shape
-    init = nn.initializers.normal(width**-0.5)
-    token = self.param("class_embedding", parameter(init, "embed"), (width,))
-    positions = self.param("pos_embed", parameter(init, None, "embed"), (patches + 1, width))
-    token, positions = token.astype(self.dtype), positions.astype(self.dtype)
-    x = x + positions[1:]
+    classes = 0 if self.map_head else 1
+    init = parameter(nn.initializers.normal(width**-0.5), None, "embed")
+    positions = self.param("pos_embed", init, (classes + patches, width)).astype(self.dtype)
+    x = x + positions[classes:]
     if keys is not None and self.patch_drop:
       kept = max(round(patches * (1 - self.patch_drop)), 1)
       x = jnp.take_along_axis(x, random_patches(keys, patches, kept)[..., None], axis=1)
-    token = jnp.broadcast_to(token + positions[0], (batch, 1, width))
-    x = jnp.concatenate([token, x], axis=1)
-    x = LayerNorm(self.norm_epsilon, self.dtype, name="norm_pre")(x)
+    if not self.map_head:
+      init = parameter(nn.initializers.normal(width**-0.5), "embed")
+      token = self.param("class_embedding", init, (width,)).astype(self.dtype)
+      x = jnp.concatenate([jnp.broadcast_to(token + positions[0], (batch, 1, width)), x], axis=1)
+      x = LayerNorm(self.norm_epsilon, self.dtype, name="norm_pre")(x)
     x = Transformer(
       layers=self.layers,
       heads=self.heads,
@@ -58,9 +64,13 @@ class VisionTransformer(nn.Module):
       dtype=self.dtype,
       name="transformer",
     )(x)
-    x = LayerNorm(self.norm_epsilon, self.dtype, name="norm_post")(x[:, 0])
-    projection = self.param("projection", parameter(init, "embed", None), (width, self.embed_dim))
-    return x @ projection.astype(self.dtype)
+    norm = LayerNorm(self.norm_epsilon, self.dtype, name="norm_post")
+    if self.map_head:
+      return MapHead(
+        self.heads, self.mlp_width, self.activation, self.norm_epsilon, self.dtype, name="head"
+      )(norm(x))
+    init = parameter(nn.initializers.normal(width**-0.5), "embed", None)
+    return norm(x[:, 0]) @ self.param("projection", init, (width, self.embed_dim)).astype(self.dtype)
 
   def _patches(self, images):
     batch, height, width, channels = images.shape
@@ -72,9 +82,34 @@ class VisionTransformer(nn.Module):
     kernel = self.param(
       "patch_kernel", parameter(init, None, None, None, "embed"), (p, p, channels, self.width)
     )
-    x = images.reshape(batch, rows, p, columns, p, channels).transpose(0, 1, 3, 2, 4, 5)
+    x = images[:, : rows * p, : columns * p]  # what is left over at the right and the bottom is not seen
+    x = x.reshape(batch, rows, p, columns, p, channels).transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(batch, rows * columns, p * p * channels)
-    return matmul(x, kernel.reshape(-1, self.width).astype(self.dtype))
+    x = matmul(x, kernel.reshape(-1, self.width).astype(self.dtype))
+    if self.map_head:
+      x = x + self.param("patch_bias", parameter(nn.initializers.zeros, "embed"), (self.width,)).astype(self.dtype)
+    return x
+
+
+class MapHead(nn.Module):
+  """Multi-head attention pooling: a learned query attends to all places (Zhai et al. 2022, arXiv 2106.04560)."""
+
+  heads: int
+  mlp_width: int
+  activation: str
+  norm_epsilon: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    """[batch, length, width] -> [batch, width]."""
+    batch, _, width = x.shape
+    probe = self.param("probe", parameter(nn.initializers.normal(width**-0.5), "embed"), (width,))
+    probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))
+    attention = Attention(self.heads, causal=False, output_stddev=width**-0.5, dtype=self.dtype, name="attention")
+    x = attention(x, probe)[:, 0]
+    normed = LayerNorm(self.norm_epsilon, self.dtype, name="norm")(x)
+    return x + mlp(normed, self.mlp_width, self.activation, width**-0.5, self.dtype)
 
 
 def random_patches(keys, patches, kept):
@@ -93,19 +128,20 @@ def random_patches(keys, patches, kept):
   return jax.lax.top_k(noise, kept)[1]
 
 
-def resize_positions(positions, length):
+def resize_positions(positions, length, classes=1):
   """Position embeddings for another image size: a grid of them, resized like an image, antialiased and bicubic.
 
   Args:
-    positions: [1 + rows * rows, width], that of the class token first.
-    length: 1 + the number of patches wanted, a square.
+    positions: [classes + rows * rows, width], those of class tokens first.
+    length: classes + the number of patches wanted, a square.
+    classes: 1, or 0 in towers without a class token.
 
   Returns:
     [length, width].
   """
   if len(positions) == length:
     return positions
-  old, new = math.isqrt(len(positions) - 1), math.isqrt(length - 1)
-  grid = positions[1:].reshape(old, old, -1)
+  old, new = math.isqrt(len(positions) - classes), math.isqrt(length - classes)
+  grid = positions[classes:].reshape(old, old, -1)
   grid = jax.image.resize(grid, (new, new, grid.shape[-1]), "bicubic", antialias=True)
-  return np.concatenate([positions[:1], np.asarray(grid).reshape(new * new, -1)])
+  return np.concatenate([positions[:classes], np.asarray(grid).reshape(new * new, -1)])

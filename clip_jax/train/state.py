@@ -1,11 +1,12 @@
 """The training state, born sharded."""
 
+import functools
+
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from clip_jax.errors import UsageError
 from clip_jax.models.clip import initial_params
@@ -39,6 +40,9 @@ def describe(config, mesh):
   Returns:
     A `TrainState` of `jax.ShapeDtypeStruct`s that carry their shardings, and the function of no arguments
     that makes the state.
+
+  Raises:
+    ConfigError: a pattern of the optimizer matches no parameter.
   """
   optimizer, _ = optimizers.create(config)
 
@@ -50,15 +54,17 @@ def describe(config, mesh):
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
   shapes = jax.eval_shape(create)
+  optimizers.check_patterns(config, shapes.params)
   params = rules.shardings_of(jax.eval_shape(init), mesh)
-  # Moments are laid out like the parameters they belong to.
-  opt_state = optax.tree_utils.tree_map_params(
-    optimizer,
-    lambda _, sharding: sharding,
-    shapes.opt_state,
-    params,
-    transform_non_params=lambda _: rules.replicated(mesh),
-  )
+  by_path = {optimizers.path_name(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
+
+  def of_moment(path, _):
+    # Moments are laid out like the parameters they belong to, whose path theirs ends with.
+    keys = [key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    names = (optimizers.path_name(keys[i:]) for i in range(len(keys)))
+    return next((by_path[name] for name in names if name in by_path), rules.replicated(mesh))
+
+  opt_state = jax.tree_util.tree_map_with_path(of_moment, shapes.opt_state)
   shardings = TrainState(rules.replicated(mesh), params, opt_state)
   described = jax.tree.map(
     lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
@@ -72,13 +78,14 @@ def create(config, mesh):
   return jax.jit(make, out_shardings=shardings_of(described))()
 
 
-def start_from(state, params):
-  """A new state with the parameters of another run.
+def start_from(state, config, source):
+  """A new state with the parameters of another model, one at a time.
 
   Args:
     state: a `TrainState`.
-    params: a nested dict of NumPy arrays, the same on every process. Where an image tower was trained on
-      another image size, its position embeddings are interpolated.
+    config: the resolved `Config` it was made for; `train.init_tower` says which of its parameters are replaced.
+    source: a `clip_jax.convert.sources.Source`. Where an image tower was trained on another image size, its position
+      embeddings are interpolated.
 
   Returns:
     The state, with the step and the optimizer as they are.
@@ -86,23 +93,39 @@ def start_from(state, params):
   Raises:
     UsageError: the parameters are those of another model; the message names the first that does not fit.
   """
+  tower = config.train.init_tower
+  _check_same_model(config.model, source.model, tower)
   wanted = flax.traverse_util.flatten_dict(state.params, sep="/")
-  given = flax.traverse_util.flatten_dict(params, sep="/")
-  for name in [*wanted, *given]:
-    if name not in wanted or name not in given:
-      raise UsageError(f"{name} is in only one of config.model and config.train.init: they are different models.")
-  placed = {}
-  for name, old in wanted.items():
-    new = np.asarray(given[name])
-    if name == "image/pos_embed":
-      new = resize_positions(new, len(old))
+  names = [name for name in {**wanted, **source.shapes} if tower == "both" or name.startswith(f"{tower}/")]
+  for name in names:
+    if name not in wanted or name not in source.shapes:
+      raise UsageError(f"{name} is in only one of config.model and config.train.init_from: they are different models.")
+  placed = dict(wanted)
+  for name in names:
+    old, new = wanted[name], source.read(name)
+    if name in ("image/pos_embed", "image/pool/pos_embed"):
+      new = resize_positions(new, len(old), classes=0 if config.model.vision.kind == "siglip" else 1)
     if new.shape != old.shape:
       raise UsageError(
-        f"{name} is {list(new.shape)} in config.train.init, and config.model needs {list(old.shape)}: they are "
+        f"{name} is {list(new.shape)} in config.train.init_from, and config.model needs {list(old.shape)}: they are "
         "different models."
       )
+    new = np.asarray(new, old.dtype)
     placed[name] = jax.make_array_from_callback(old.shape, old.sharding, lambda part, new=new: new[part])
   return state.replace(params=flax.traverse_util.unflatten_dict(placed, sep="/"))
+
+
+def _check_same_model(wanted, given, tower):
+  # What leaves no trace in the shapes, and makes the weights another function.
+  keys = ["activation", "norm_epsilon"]
+  if tower != "text":
+    keys += ["vision.kind", "vision.heads", "image_mean", "image_std", "resize_mode"]
+  if tower != "image":
+    keys += ["text.kind", "text.heads"]
+  for key in keys:
+    new, old = (functools.reduce(getattr, key.split("."), model) for model in (wanted, given))
+    if new != old:
+      raise UsageError(f"config.model.{key} is {new}, and the weights of config.train.init_from were trained with {old}.")
 
 
 def shardings_of(described):

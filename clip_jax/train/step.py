@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from clip_jax.losses import global_batch, grad_cache
-from clip_jax.models.clip import CLIP, leaves_out
+from clip_jax.models.clip import (
+  CLIP,
+  has_batch_norm,
+  leaves_out,
+  with_statistics,
+  without_statistics,
+)
 from clip_jax.parallel import rules
 from clip_jax.train import optimizer as optimizers
 from clip_jax.train.state import describe, shardings_of
@@ -24,7 +30,8 @@ def create(config, mesh):
     A function `(state, batch) -> (state, metrics)`. The state is donated. The batch holds `images` (uint8
     [global batch, size, size, 3]) and `tokens` (int32 [global batch, context_length]), both sharded over
     the batch axes. The metrics are float32 scalars: `loss`, `learning_rate`, `logit_scale`,
-    `gradient_norm` (before clipping) and `parameter_norm`, and `logit_bias` where the model has one.
+    `gradient_norm` (before clipping) and `parameter_norm` (without running statistics), and `logit_bias` where the
+    model has one.
   """
   shardings = shardings_of(describe(config, mesh)[0])
   batch = rules.batch_sharding(mesh)
@@ -39,19 +46,33 @@ def create(config, mesh):
 def train_step(config, mesh):
   """The step before jit: normalise, encode, loss over the global batch, gradients, update."""
   optimizer, schedule = optimizers.create(config)
-  value_and_grad = grad_cache.value_and_grad(
-    embed_with(CLIP(config.model)),
-    loss_with(config.loss, mesh),
-    microbatches=config.train.microbatches,
-    mesh=mesh,
-  )
+  module, loss_of, hold = CLIP(config.model), loss_with(config.loss, mesh), optimizers.frozen(config)
+
+  def held(params):
+    # Constants to the derivative, so that nothing is kept, or computed, for a backward pass to them.
+    return jax.tree.map(lambda frozen, x: jax.lax.stop_gradient(x) if frozen else x, hold(params), params)
 
   def step(state, batch):
     if leaves_out(config.model):
       batch = {**batch, "keys": example_keys(config, mesh, state.step)}
+    # An image tower that is locked as a whole is used as it is, running statistics included.
+    locked = all(jax.tree.leaves(hold(state.params)["image"]))
+    batch_norm = has_batch_norm(config.model) and not locked
+    embed = embed_with(module, batch_norm)
+    value_and_grad = grad_cache.value_and_grad(
+      lambda params, batch: embed(held(params), batch),
+      lambda params, embeddings, batch: loss_of(held(params), embeddings, batch),
+      microbatches=config.train.microbatches,
+      mesh=mesh,
+      has_aux=batch_norm,
+    )
     loss, gradients = value_and_grad(state.params, batch)
+    if batch_norm:
+      loss, statistics = loss
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if batch_norm:
+      params = with_statistics(params, statistics)
     largest = config.loss.max_logit_scale
     if largest is not None:
       # Radford et al. 2021, section 2.5: clipped after each update, not inside the loss, so that its
@@ -62,7 +83,7 @@ def train_step(config, mesh):
       "learning_rate": schedule(state.step),
       "logit_scale": jnp.exp(state.params["logit_scale"]),
       "gradient_norm": optax.global_norm(gradients),
-      "parameter_norm": optax.global_norm(params),
+      "parameter_norm": optax.global_norm(without_statistics(params)),
     }
     if "logit_bias" in state.params:
       metrics["logit_bias"] = state.params["logit_bias"]
@@ -72,11 +93,18 @@ def train_step(config, mesh):
   return step
 
 
-def embed_with(module):
-  """A function of parameters and a batch (`images`, `tokens`, maybe `keys`) that returns both embeddings."""
+def embed_with(module, batch_norm=False):
+  """The towers in training, as a function of parameters and a batch (`images`, `tokens`, maybe `keys`).
+
+  It returns both embeddings; with `batch_norm`, for models that have it, a pair of them and the new running statistics.
+  """
 
   def embed(params, batch):
-    return module.apply({"params": params}, batch["images"], batch["tokens"], batch.get("keys"))[:2]
+    arguments = {"params": params}, batch["images"], batch["tokens"], batch.get("keys")
+    if not batch_norm:
+      return module.apply(*arguments)[:2]
+    outputs, collections = module.apply(*arguments, train=True, mutable=["batch_stats"])
+    return outputs[:2], collections["batch_stats"]
 
   return embed
 

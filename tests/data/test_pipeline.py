@@ -495,7 +495,7 @@ def test_evaluation_pixels_are_those_of_the_evaluation_transform():
   pixels = np.random.default_rng(0).integers(0, 256, (31, 47, 3), dtype=np.uint8)
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, "png")
-  got = evaluation_pixels(Record(buffer.getvalue(), ["a"], "key"), 16)
+  got = evaluation_pixels(Record(buffer.getvalue(), ["a"], "key"), 16, "shortest")
   resized = Image.fromarray(pixels).resize((16 * 47 // 31, 16), Image.Resampling.BICUBIC)
   np.testing.assert_array_equal(got, np.asarray(resized.crop((4, 0, 20, 16))))
 
@@ -503,7 +503,7 @@ def test_evaluation_pixels_are_those_of_the_evaluation_transform():
 @pytest.mark.parametrize("image", [b"", b"not an image"])
 def test_a_held_out_set_must_be_whole(image):
   with pytest.raises(DataError, match=r"00000\.tar/7\.jpg: .*; a held-out set must be whole\."):
-    evaluation_pixels(Record(image, ["a"], "00000.tar/7.jpg"), 16)
+    evaluation_pixels(Record(image, ["a"], "00000.tar/7.jpg"), 16, "shortest")
 
 
 # No JAX.

@@ -172,12 +172,13 @@ def test_a_run_of_a_version_that_had_fewer_keys_is_resumed(start, undisturbed, t
 def test_a_second_stage_starts_from_the_first_on_larger_images(start, undisturbed, tmp_path):
   workdir = tmp_path / "tuned"
   larger = ("--config.model.image_size=32", "--config.train.steps=5", "--config.model.vision.patch_drop=0.25")
-  _, err = finish(start(workdir, f"--config.train.init={undisturbed}", "--config.train.microbatches=2", *larger))
+  _, err = finish(start(workdir, f"--config.train.init_from={undisturbed}", "--config.train.microbatches=2", *larger))
   assert "loss: softmax over 16 pairs, gather" in err
   # Not as good on images of another size as on its own, and far from the ln 16 = 2.77 of a new model.
   assert training_lines(workdir)[0]["loss"] < 2.2
-  _, err = finish(start(tmp_path / "nothing", f"--config.train.init={tmp_path}/nowhere", *larger), code=2)
-  assert "nowhere holds no checkpoint" in err and "Traceback" not in err
+  _, err = finish(start(tmp_path / "nothing", f"--config.train.init_from={tmp_path}/nowhere", *larger), code=2)
+  assert "nowhere does not exist" in err and "Traceback" not in err
+  assert not (tmp_path / "nothing/config.json").exists()
 
 
 def test_a_resume_on_other_data_is_refused(start, undisturbed, tmp_path):

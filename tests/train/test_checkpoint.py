@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 
 from clip_jax import config as configs
+from clip_jax.convert import native, sources
 from clip_jax.errors import UsageError
 from clip_jax.parallel import mesh as meshes
 from clip_jax.train import checkpoint
 from clip_jax.train import state as states
 from tests.conftest import tiny
+from tests.convert.models import small_tokenizer
+
+SIGLIP_TEXT = dict(kind="siglip", context_length=9, width=16, layers=1, heads=2)
 
 
 def made(shape, **sections):
@@ -53,8 +57,22 @@ def test_restores_bit_for_bit_on_any_mesh(saved, shape):
 
 def test_the_card_names_the_model_completely(saved):
   workdir, config, want = saved
-  assert checkpoint.read_card(workdir / "checkpoints/3") == config.model
-  assert_same(checkpoint.read_params(workdir / "checkpoints/3"), want.params)
+  source = sources.find(workdir)
+  assert source.model == config.model and source.tokenizer is None
+  assert_same(source.params(), want.params)  # whole, though it was saved in shards
+
+
+def test_a_tokenizer_that_is_a_file_is_in_the_checkpoint(tmp_path):
+  tokenizer = small_tokenizer(tmp_path)
+  model = {**tiny()["model"], "tokenizer": str(tmp_path / "tokenizer.json"), "text": {**SIGLIP_TEXT, "vocab_size": 300}}
+  config, mesh = made((1, 1, 1), model=model)
+  checkpoints = checkpoint.Checkpoints(tmp_path / "run", config, tokenizer)
+  checkpoints.save(1, states.create(config, mesh), 1)
+  checkpoints.close()
+  (tmp_path / "tokenizer.json").unlink()
+  source = sources.find(tmp_path / "run")
+  assert source.tokenizer == tokenizer
+  np.testing.assert_array_equal(source.tokenizer(["a cat"]), tokenizer(["a cat"]))
 
 
 def test_keeps_the_last_and_every_multiple(tmp_path):
@@ -84,10 +102,10 @@ def test_a_card_that_cannot_be_read_is_one_sentence(tmp_path, card):
     (tmp_path / "card").mkdir()
     (tmp_path / "card/metadata").write_text(card)
   with pytest.raises(UsageError) as error:
-    checkpoint.read_card(tmp_path)
+    native.read_card(tmp_path)
   assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_card_is_plain_json(saved):
   card = json.loads((saved[0] / "checkpoints/3/card/metadata").read_text())
-  assert card["step"] == 3 and card["records"] == 77 and card["format"] == checkpoint.FORMAT
+  assert card["step"] == 3 and card["records"] == 77 and card["format"] == native.FORMAT

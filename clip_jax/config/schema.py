@@ -1,0 +1,184 @@
+"""The schema of a run: every key there is, its type and its meaning.
+
+`None` as a default means "left open": the model's name, or another key, decides. A key that is not here
+does not exist.
+"""
+
+from dataclasses import dataclass, field
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images, RGB in 0..1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Vision:
+  """The image tower. What is left open comes from the model's name."""
+
+  kind: str | None = None  # "vit" (CLIP's, the default), "siglip" (a ViT with a MAP head) or "resnet" (CLIP's)
+  patch_size: int | None = None  # pixels; of a ViT
+  width: int | None = None  # of a ResNet's first stage: the last is 32 times as wide
+  layers: int | None = None  # of a ViT
+  stages: tuple[int, ...] | None = None  # blocks of each stage of a ResNet
+  heads: int | None = None  # of a ResNet's pooling
+  mlp_width: int | None = None  # of a ViT; 4 * width if left open
+  patch_drop: float = 0.0  # share of the patches left out in training, at random (Li et al. 2022, FLIP)
+
+
+@dataclass(frozen=True)
+class Text:
+  """The text tower, a Transformer. What is left open comes from the model's name."""
+
+  kind: str | None = None  # "clip" (causal, read at the end token; the default) or "siglip" (not causal, the last)
+  context_length: int | None = None  # tokens, start and end included
+  vocab_size: int | None = None
+  width: int | None = None
+  layers: int | None = None
+  heads: int | None = None
+  mlp_width: int | None = None
+  train_length: int | None = None  # tokens kept in training, start and end included; all of them if left open
+  reduction: str = "truncate"  # how: "truncate", "random" or "block" (Li et al. 2023, CLIPA)
+
+
+@dataclass(frozen=True)
+class Model:
+  """Everything that must be known to use the weights. What is left open comes from the name, or is CLIP's."""
+
+  name: str = ""  # a name of `clip-jax models`; empty if every size is given
+  image_size: int | None = None  # pixels
+  embed_dim: int | None = None
+  activation: str | None = None  # "quick_gelu" (OpenAI's weights), "gelu" or "gelu_tanh" (SigLIP's)
+  norm_epsilon: float | None = None
+  image_mean: tuple[float, ...] | None = None
+  image_std: tuple[float, ...] | None = None
+  resize_mode: str | None = None  # "shortest": shorter side to size, then a centre crop; "squash": both sides
+  tokenizer: str | None = None  # "clip", or the path of a tokenizer.json or spiece.model
+  compute_dtype: str = "float32"  # or "bfloat16"; parameters are float32 either way
+  logit_scale_init: float | None = None  # what cosines are multiplied by, before anything is learned
+  logit_bias_init: float | None = None  # what is then added, learned with the sigmoid loss; no bias if left open
+  vision: Vision = field(default_factory=Vision)
+  text: Text = field(default_factory=Text)
+
+
+@dataclass(frozen=True)
+class Loss:
+  """The contrastive loss, over the whole global batch. docs/losses.md has the equations."""
+
+  name: str = "softmax"  # or "sigmoid" (SigLIP)
+  method: str = "auto"  # "gather", "ring", or by estimated memory; all give the same
+  chunk: int | None = None  # columns scored at a time; chosen if left open
+  dtype: str = "float32"  # or "bfloat16": what embeddings are rounded to before they are scored
+  label_smoothing: float = 0.0
+  mask_duplicates: bool = False  # pairs with the same caption are not each other's negatives
+  max_logit_scale: float | None = 100.0  # the logit scale is clipped to it after each update
+
+
+@dataclass(frozen=True)
+class Data:
+  """Where pairs come from, in which order, and what is done to an image."""
+
+  source: str = "tar"  # "tar", or "emoji": the quickstart set, written on first use
+  path: str = ""  # a glob, {a..b} and {a,b} expanded; with "emoji" inside its folder
+  seed: int = 0  # of the order and of the augmentation
+  crop_scale: tuple[float, ...] = (0.9, 1.0)  # random resized crop: smallest and largest share of the area
+  color_jitter: float = 0.0  # largest change of brightness, contrast and saturation, as a factor
+  flip: float = 0.0  # probability of mirroring left to right
+  rotation: float = 0.0  # largest angle, degrees
+  other_captions: float = 0.0  # probability of taking one of the captions after a record's first
+  threads: int = 0  # 0: as many as there are processor cores
+  prefetch: int = 4  # batches kept ready
+  max_bad_share: float = 0.05  # of records that do not decode, before the run stops
+  allow_truncated: bool = False  # read the whole records of a shard that is cut off
+
+
+@dataclass(frozen=True)
+class Train:
+  """How long, how large, and how often to say so."""
+
+  global_batch_size: int = 32_768
+  samples: int | None = None  # training pairs in all
+  steps: int | None = None  # wins over samples
+  microbatches: int = 1  # parts that go through the towers one by one; the loss is that of the whole batch
+  init_from: str = ""  # whose parameters to start from: anything that `clip_jax.load` reads
+  init_tower: str = "both"  # or "image" or "text": the other tower starts from nothing
+  seed: int = 0  # of the parameters, and of what is left out of an example in training
+  log_every: int = 1  # steps
+
+
+@dataclass(frozen=True)
+class Optimizer:
+  """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay to zero."""
+
+  learning_rate: float = 5e-4
+  warmup_steps: int = 2_000
+  weight_decay: float = 0.2
+  no_decay: str = r"(^|/)(\w*bias|scale|mean|var|logit_scale)$"  # parameters left out of it, by path
+  beta1: float = 0.9
+  beta2: float = 0.98
+  epsilon: float = 1e-6
+  gradient_clip_norm: float | None = None
+  freeze: str = ""  # parameters that stay as they are, as a regular expression; they get no gradient and no moments
+  lr_multipliers: tuple[tuple[str, float], ...] = ()  # (regular expression, factor) pairs; the first match counts
+  layer_decay: float = 1.0  # factor of the learning rate from each layer to the one below (Bao et al. 2021, BEiT)
+
+
+@dataclass(frozen=True)
+class Mesh:
+  """Devices along each mesh axis; -1 takes what the others leave."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Retrieval:
+  """A held-out set of images and captions to retrieve one by the other."""
+
+  path: str = ""
+  source: str = "tar"
+  first_caption: bool = False  # of each record's captions only the first is a candidate
+  nearest_training_image: bool = False  # also report a yardstick that needs no training, at the end
+  gallery: int = 0  # pictures of retrievals in the report
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+  """A held-out set of labelled images (`.cls` members) to classify by class names in prompts."""
+
+  path: str = ""
+  source: str = "tar"
+  classes: tuple[str, ...] = ()
+  templates: tuple[str, ...] = ("a photo of a {}.",)
+
+
+@dataclass(frozen=True)
+class Eval:
+  """Evaluation while training; always once more at the end."""
+
+  every: int = 0  # steps; 0: only at the end
+  batch_size: int = 256
+  retrieval: dict[str, Retrieval] = field(default_factory=dict)
+  zero_shot: dict[str, ZeroShot] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+  """When to save and what to keep; always saved at the end and on SIGTERM or SIGINT."""
+
+  every: int = 1_000  # steps
+  keep_last: int = 3
+  keep_every: int | None = None  # steps; also keep each multiple of it for good
+
+
+@dataclass(frozen=True)
+class Config:
+  """A whole run."""
+
+  model: Model = field(default_factory=Model)
+  loss: Loss = field(default_factory=Loss)
+  data: Data = field(default_factory=Data)
+  train: Train = field(default_factory=Train)
+  optimizer: Optimizer = field(default_factory=Optimizer)
+  mesh: Mesh = field(default_factory=Mesh)
+  eval: Eval = field(default_factory=Eval)
+  checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -1,0 +1,184 @@
+"""Checkpoints of this project: the card that says what model the weights are of, and the weights, one by one.
+
+A checkpoint is an Orbax folder with the items `card` (JSON), `state` (with `params` in it) and, where the
+tokenizer is not CLIP's own, `tokenizer` (JSON that holds the file).
+"""
+
+import itertools
+import json
+import logging
+import math
+from pathlib import Path
+
+import flax
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+import clip_jax
+from clip_jax import config as configs
+from clip_jax.data.tokenizer_files import FileTokenizer
+from clip_jax.errors import UsageError
+
+# Number of the layout of a checkpoint; a reader refuses one that it does not know.
+FORMAT = 1
+# What is read or written at a time, unless one parameter is larger: fewer calls, in memory that does not matter.
+CHUNK_BYTES = 64 * 2**20
+
+# Orbax logs each internal step at INFO and WARNING; what matters to a person is said by the caller.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def card(model, **values):
+  """What is written beside the weights.
+
+  Args:
+    model: a resolved `clip_jax.config.Model`.
+    **values: what else belongs to the checkpoint, ready for JSON.
+  """
+  return {"format": FORMAT, "clip_jax": clip_jax.__version__, **values, "model": configs.to_dict(model)}
+
+
+def find(path):
+  """The checkpoint that a path stands for.
+
+  Args:
+    path: a work directory, of which the newest checkpoint is taken, one `checkpoints/STEP` folder, or what
+      `clip-jax import` wrote.
+
+  Returns:
+    A `Path` of one of the latter kinds, or None if there is no checkpoint.
+  """
+  path = Path(path)
+  steps = [p for p in (path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+  folder = max(steps, key=lambda p: int(p.name)) if steps else path
+  return folder if (folder / "card").is_dir() else None
+
+
+def read_card(folder):
+  """What model a checkpoint holds.
+
+  Args:
+    folder: what `find` gave.
+
+  Returns:
+    A resolved `clip_jax.config.Model`, and its `FileTokenizer`, or None if it has CLIP's own.
+
+  Raises:
+    UsageError: there is no card, or a newer version wrote it.
+  """
+  written = _read_json(folder, "card")
+  if written.get("format") != FORMAT:
+    raise UsageError(
+      f"{folder} has checkpoint format {written.get('format')}; this version reads format {FORMAT}."
+    )
+  model = configs.model_from_dict(written.get("model"))
+  if model.tokenizer == "clip":
+    return model, None
+  return model, FileTokenizer.from_dict(_read_json(folder, "tokenizer"))
+
+
+def _read_json(folder, item):
+  path = Path(folder) / item / "metadata"
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UsageError(f"{folder} is not a checkpoint of clip_jax: {path} cannot be read.") from error
+
+
+class Params:
+  """The parameters of a checkpoint, read one by one, each whole whatever devices it was sharded over."""
+
+  def __init__(self, folder):
+    """Reads what there is.
+
+    Args:
+      folder: what `find` gave.
+
+    Raises:
+      UsageError: the arrays cannot be read.
+    """
+    self._folder = Path(folder).absolute() / "state"
+    self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    try:
+      tree = self._checkpointer.metadata(self._folder).item_metadata.tree["params"]
+    except Exception as error:  # Orbax and TensorStore raise what they like
+      raise UsageError(f"{folder} is not a whole checkpoint: its arrays cannot be read.") from error
+    self._waiting = {}
+    self._metadata = flax.traverse_util.flatten_dict(tree, sep="/")
+    self.shapes = {
+      name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in self._metadata.items()
+    }
+
+  def read(self, name):
+    """One parameter.
+
+    Args:
+      name: its path, such as "image/projection".
+
+    Returns:
+      A NumPy array.
+
+    Raises:
+      UsageError: it cannot be read.
+    """
+    if name not in self._waiting:
+      self._waiting = self._restore(self._from(name))
+    return self._waiting.pop(name)
+
+  def _from(self, name):
+    # A parameter and those after it, of which the next is mostly asked for next: Orbax parses all its metadata at each call.
+    names, size = [], 0
+    for following in itertools.dropwhile(lambda other: other != name, self.shapes):
+      shape = self.shapes[following]
+      size += math.prod(shape.shape) * shape.dtype.itemsize
+      if names and size > CHUNK_BYTES:
+        break
+      names.append(following)
+    return names
+
+  def _restore(self, names):
+    item = flax.traverse_util.unflatten_dict({f"params/{name}": self._metadata[name] for name in names}, sep="/")
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+    try:
+      restored = self._checkpointer.restore(self._folder, args=args)["params"]
+    except Exception as error:
+      raise UsageError(f"{self._folder}: {names[0]} cannot be read ({str(error).splitlines()[0]}).") from error
+    return {name: np.asarray(array) for name, array in flax.traverse_util.flatten_dict(restored, sep="/").items()}
+
+
+def write(folder, model, tokenizer, params, **values):
+  """Writes a checkpoint that holds parameters alone, a few at a time.
+
+  Args:
+    folder: where nothing is yet.
+    model: a resolved `clip_jax.config.Model`.
+    tokenizer: its `FileTokenizer`, or None if it has CLIP's own.
+    params: an iterable of pairs of a path ("image/projection") and a NumPy array.
+    **values: what else the card shall say.
+  """
+  from orbax.checkpoint import v1  # partial saves are there alone
+
+  folder = Path(folder).absolute()
+  waiting, size = {}, 0
+
+  def save():
+    v1.partial.save(folder, {"params": flax.traverse_util.unflatten_dict(waiting, sep="/")})
+    waiting.clear()
+
+  for name, array in params:
+    waiting[name] = array
+    size += array.nbytes
+    if size >= CHUNK_BYTES:
+      save()
+      size = 0
+  if waiting:
+    save()
+  v1.partial.finalize(folder)
+  items = {"card": card(model, **values)}
+  if tokenizer is not None:
+    items["tokenizer"] = tokenizer.to_dict()
+  for item, content in items.items():
+    (folder / item).mkdir()
+    (folder / item / "metadata").write_text(json.dumps(content))

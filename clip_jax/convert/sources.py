@@ -1,0 +1,210 @@
+"""Anything that weights come from: which model it is, and its parameters one by one."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import flax
+import numpy as np
+
+from clip_jax import config as configs
+from clip_jax.convert import containers, huggingface, native, open_clip, openai, weights
+from clip_jax.data.tokenizer_files import FileTokenizer
+from clip_jax.errors import DataError, UsageError
+from clip_jax.models import zoo
+
+# In the order they are looked for, in a folder of Hugging Face or open_clip.
+HUGGINGFACE_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+OPEN_CLIP_FILES = (
+  *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+  *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Weights and what model they are of.
+
+  Attributes:
+    where: the file or folder.
+    layout: "clip_jax", "huggingface", "open_clip" or "openai".
+    model: a resolved `clip_jax.config.Model`.
+    tokenizer: its `FileTokenizer`, or None if it has CLIP's own.
+    shapes: a dict of paths of parameters ("image/projection") and `jax.ShapeDtypeStruct`s.
+    read: a function from such a path to a NumPy array.
+  """
+
+  where: str
+  layout: str
+  model: configs.Model
+  tokenizer: FileTokenizer | None
+  shapes: dict
+  read: Callable
+
+  def params(self):
+    """All parameters, as the nested dict that `CLIP` takes."""
+    return flax.traverse_util.unflatten_dict({name: self.read(name) for name in self.shapes}, sep="/")
+
+
+def find(path, name=None):
+  """Opens weights, whatever wrote them. Shapes are checked; numbers are read one tensor at a time, later.
+
+  Args:
+    path: a work directory, a checkpoint of this project, a Hugging Face or open_clip folder, or a file of tensors
+      (.safetensors, or anything that torch saved).
+    name: the model's name, for a file that does not say what it holds: activation, heads and preprocessing leave no
+      trace in the tensors.
+
+  Returns:
+    A `Source`.
+
+  Raises:
+    UsageError: it cannot be read, or is not the model it says it is.
+  """
+  path = Path(path)
+  if not path.exists():
+    raise UsageError(f"{path} does not exist.")
+  checkpoint = native.find(path)
+  if checkpoint is not None:
+    return _native(checkpoint)
+  if path.is_file():
+    return _file(path, name)
+  if (path / open_clip.CONFIG).is_file():
+    model, tokenizer = open_clip.read(path)
+    tensors = _without_text_prefix(_tensors(_first(path, OPEN_CLIP_FILES + HUGGINGFACE_FILES)), model)
+    return _foreign(path, "open_clip", model, tokenizer, tensors)
+  # A work directory has a config.json, too, before it has a checkpoint.
+  if (path / "config.json").is_file() and "model_type" in huggingface.read_json(path / "config.json"):
+    model, tokenizer = huggingface.read(path)
+    return _foreign(path, "huggingface", model, tokenizer, _tensors(_first(path, HUGGINGFACE_FILES)))
+  raise UsageError(
+    f"{path} holds no checkpoint: neither checkpoints/STEP/ nor card/ is in it, nor a config.json of Hugging Face or an "
+    f"{open_clip.CONFIG}."
+  )
+
+
+def _native(folder):
+  model, tokenizer = native.read_card(folder)
+  params = native.Params(folder)
+  found = {name: shape.shape for name, shape in params.shapes.items()}
+  wanted = {name: shape.shape for name, shape in weights.shapes_of(model).items()}
+  if found != wanted:
+    odd = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    raise UsageError(f"{folder}: the card and the arrays are of different models: {weights.listed(odd)}.")
+  return Source(str(folder), "clip_jax", model, tokenizer, params.shapes, params.read)
+
+
+def _first(folder, names):
+  found = next((folder / name for name in names if (folder / name).is_file()), None)
+  if found is None:
+    raise DataError(f"{folder} holds no weights; {names[0]} or {names[1]} would be right.")
+  return found
+
+
+def _tensors(path):
+  if path.name.endswith(".index.json"):
+    return containers.Split(path)
+  # By its first bytes: torch saves zip files, or pickles, whatever they are called.
+  try:
+    with path.open("rb") as file:
+      start = file.read(16)
+  except OSError as error:
+    raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+  is_torch = start[:2] == b"PK" or start[:1] == b"\x80"
+  if path.suffix == ".safetensors" or not is_torch and start[8:9] == b"{":
+    return containers.Safetensors(path)
+  return containers.Torch(path)
+
+
+def _file(path, name):
+  tensors = _tensors(path)
+  model = _named(name) if name else None
+  if model is None and set(openai.SIZES) & set(tensors.shapes):
+    model = openai.model_from(tensors.shapes, path)
+    return _foreign(path, "openai", model, None, tensors)
+  tensors = _without_text_prefix(tensors, model)
+  if model is None:
+    raise UsageError(_who_is_it(path, tensors.shapes))
+  if model.tokenizer != "clip":
+    raise UsageError(f"{path} does not hold the tokenizer of {name}; give the folder that has both.")
+  return _foreign(path, "open_clip", model, None, tensors)
+
+
+def _named(name):
+  if name not in zoo.MODELS:
+    near = difflib.get_close_matches(name, zoo.MODELS, n=1)
+    hint = f"Did you mean {near[0]}?" if near else "`clip-jax models` lists them."
+    raise UsageError(f"--model={name} is not a known model. {hint}")
+  return configs.model_from_dict({"name": name})
+
+
+def _who_is_it(path, shapes):
+  sizes = openai.sizes_from(shapes)
+  if sizes is None:
+    where = "vision_model" if any(name.startswith("vision_model.") for name in shapes) else None
+    hint = "give the Hugging Face folder it is from" if where else "the tensors are not those of CLIP's own towers"
+    return f"{path} does not say what model it holds; {hint}."
+  fitting = [name for name in zoo.MODELS if _fits(configs.model_from_dict({"name": name}), sizes)]
+  names = ", ".join(fitting) if fitting else "none that has a name"
+  return (
+    f"{path} holds tensors alone, which do not tell activation, heads and preprocessing: say which model they are of with "
+    f"--model. Of these shapes are: {names}."
+  )
+
+
+def _fits(model, sizes):
+  if model.image_size != sizes["image_size"] or model.embed_dim != sizes["embed_dim"]:
+    return False
+  towers = ((model.vision, sizes["vision"]), (model.text, sizes["text"]))
+  return all(getattr(tower, key) == value for tower, given in towers for key, value in given.items())
+
+
+class _Renamed:
+  def __init__(self, tensors, names):
+    self._tensors, self._names = tensors, names
+    self.shapes = {new: tensors.shapes[old] for new, old in names.items()}
+
+  def read(self, name):
+    return self._tensors.read(self._names[name])
+
+
+def _without_text_prefix(tensors, model):
+  # open_clip's CustomTextCLIP puts "text." in front of CLIP's own text tower.
+  if not any(name == "text.positional_embedding" for name in tensors.shapes):
+    return tensors
+  if model is not None and model.text.kind == "siglip":
+    return tensors
+  return _Renamed(tensors, {name.removeprefix("text."): name for name in tensors.shapes})
+
+
+def _foreign(where, layout, model, tokenizer, tensors):
+  formats = {"huggingface": huggingface, "open_clip": open_clip, "openai": openai}
+  if "logit_bias" in tensors.shapes and model.logit_bias_init is None:
+    model = dataclasses.replace(model, logit_bias_init=-10.0)  # learned, so where it began does not matter
+  shapes = weights.shapes_of(model)
+  found = weights.check(formats[layout].rows(model), shapes, tensors.shapes, formats[layout].IGNORED, where)
+
+  def read(name):
+    row = found[name]
+    parts = [tensors.read(their) for their in row.theirs]
+    for their, part in zip(row.theirs, parts, strict=True):
+      if part.dtype.kind not in "fV" and "float" not in part.dtype.name:
+        raise DataError(f"{where}: {their} holds {part.dtype.name}, and weights are floating-point numbers.")
+      weights.check_finite(their, part, where)
+    array = row.how.back(parts, shapes[name].shape)
+    return np.array(array, np.float32, order="C")
+
+  return Source(str(where), layout, _with_name(model), tokenizer, shapes, read)
+
+
+def _with_name(model):
+  """The same model with the name that stands for it, if there is one."""
+  if model.name:
+    return model
+  for name in zoo.MODELS:
+    named = configs.model_from_dict({"name": name})
+    same = dict(name=name, tokenizer=model.tokenizer, logit_scale_init=named.logit_scale_init)
+    if dataclasses.replace(model, **same) == dataclasses.replace(named, tokenizer=model.tokenizer):
+      return dataclasses.replace(model, **same)
+  return model
