@@ -311,9 +311,11 @@ def write_tokenizer(folder, files, context_length, processor=None):
   (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
   lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
   (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+  (folder / "tokenizer.json").write_text(tokenizer.for_transformers(), encoding="utf-8")
   special = dict(bos_token=start, eos_token=end, unk_token=end, pad_token=end)
   write_json(folder / "special_tokens_map.json", special)
-  config = dict(tokenizer_class="CLIPTokenizer", model_max_length=context_length, do_lower_case=True, errors="replace")
+  # The class that takes tokenizer.json as it is written: CLIPTokenizer would leave its cleaning of captions out.
+  config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=context_length)
   write_json(folder / "tokenizer_config.json", config | special | more)
 
 

@@ -60,39 +60,23 @@ def read(folder):
   config = huggingface.read_json(path)
   cfg, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
   vision, text = cfg.get("vision_cfg") or {}, cfg.get("text_cfg") or {}
-  timm = vision.get("timm_model_name")
-  siglips = timm is not None
+  siglips = bool(vision.get("timm_model_name"))
   _refuse_unknown(path, "", cfg, _TOP)
   _refuse_unknown(path, "vision_cfg.", vision, _VISION, _SIGLIP_VISION if siglips else {})
   _refuse_unknown(path, "text_cfg.", text, _TEXT, _SIGLIP if siglips else {})
   if preprocess.get("interpolation", "bicubic") != "bicubic":
     raise UsageError(f"{path}: interpolation {preprocess['interpolation']!r} cannot be read; bicubic can.")
-  image_size = _square(path, vision.get("image_size", 224))
-  tower = dict(_timm_tower(path, timm)) if siglips else _tower(vision, 768, 12)
-  head_width = vision.get("head_width", 64)
-  if siglips:
-    activation = tower.pop("activation")
-    image_size = tower.pop("image_size")
-  elif isinstance(tower["layers"], list):
-    tower = {"kind": "resnet", "width": tower["width"], "stages": tower["layers"], "heads": 32 * tower["width"] // head_width}
-    activation = None  # it has none of these
-  else:
-    tower |= {"kind": "vit", "heads": tower["width"] // head_width, "patch_size": vision.get("patch_size", 16)}
-    activation = _activation(path, cfg, vision)
-  text_activation = _activation(path, cfg, text)
-  if activation not in (None, text_activation):
-    raise UsageError(f"{path}: the activation is {activation} for images and {text_activation} for text; one for both can be read.")
-  epsilons = {_epsilon(path, text), *([] if siglips or activation is None else [_epsilon(path, vision)])}
-  epsilon = 1e-6 if siglips else min(epsilons)
-  if epsilons != {epsilon}:
-    raise UsageError(f"{path}: the towers have different epsilons in their norms, {sorted(epsilons)}; one for both can be read.")
+  tower, image_size, of_images = _vision(path, cfg, vision)
+  of_text = {"activation": _activation(path, cfg, text), "norm_epsilon": _epsilon(path, text)}
+  for key, value in of_images.items():
+    if value != of_text[key]:
+      raise UsageError(f"{path}: {key} is {value} for images and {of_text[key]} for text; one for both can be read.")
   files = _tokenizer(folder, text) if siglips else None
   bias = cfg.get("init_logit_bias")
   values = {
     "image_size": image_size,
     "embed_dim": cfg.get("embed_dim"),
-    "activation": text_activation,
-    "norm_epsilon": epsilon,
+    **of_text,
     "image_mean": preprocess.get("mean", CLIP_MEAN),
     "image_std": preprocess.get("std", CLIP_STD),
     "resize_mode": preprocess.get("resize_mode", "shortest"),
@@ -112,6 +96,23 @@ def read(folder):
   return configs.model_from_dict(values), files
 
 
+def _vision(path, cfg, vision):
+  """The image tower, its image size, and what it must have in common with the text tower."""
+  size = vision.get("image_size", 224)
+  sides = set(size) if isinstance(size, list) else {size}
+  if len(sides) != 1:
+    raise UsageError(f"{path}: images of {size} pixels are not square.")
+  if vision.get("timm_model_name"):
+    tower = _timm_tower(path, vision["timm_model_name"])
+    return tower, tower.pop("image_size"), {"activation": tower.pop("activation"), "norm_epsilon": 1e-6}
+  tower, head_width = _tower(vision, 768, 12), vision.get("head_width", 64)
+  if isinstance(tower["layers"], list):
+    heads = 32 * tower["width"] // head_width
+    return {"kind": "resnet", "width": tower["width"], "stages": tower["layers"], "heads": heads}, sides.pop(), {}
+  tower |= {"kind": "vit", "heads": tower["width"] // head_width, "patch_size": vision.get("patch_size", 16)}
+  return tower, sides.pop(), {"activation": _activation(path, cfg, vision), "norm_epsilon": _epsilon(path, vision)}
+
+
 def _tower(group, width, layers):
   width = group.get("width", width)
   return {"width": width, "layers": group.get("layers", layers), "mlp_width": int(width * group.get("mlp_ratio", 4.0))}
@@ -125,13 +126,6 @@ def _refuse_unknown(path, prefix, given, known, required=None):
   for key, value in given.items():
     if key not in known and key not in required and value not in _USUAL.get(key, (None, False, 0, "")):
       raise UsageError(f"{path}: {prefix}{key}={value!r} makes it a model that this project does not have.")
-
-
-def _square(path, size):
-  sides = set(size) if isinstance(size, list) else {size}
-  if len(sides) != 1:
-    raise UsageError(f"{path}: images of {size} pixels are not square.")
-  return sides.pop()
 
 
 def _activation(path, cfg, group):

@@ -19,7 +19,8 @@ from importlib import resources
 from typing import ClassVar
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from ftfy import chardata
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from clip_jax.data.captions import clean
 
@@ -134,6 +135,33 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
   tokens = [*symbols, *(s + WORD_END for s in symbols), *map("".join, merges), *SPECIAL]
   return {token: i for i, token in enumerate(tokens)}, merges
 
+
+def for_transformers() -> str:
+  """The tokenizer as the `tokenizer.json` of a Hugging Face folder, cleaning included as far as such a file can say it.
+
+  That is what `ftfy` and HTML do to single characters: curly quotes, ligatures, wide letters, the commonest entities. Mojibake and
+  other entities are not repaired there, and special tokens are special wherever their letters occur.
+  """
+  rust = Tokenizer.from_str(_rust()[0].to_str())
+  rust.normalizer = normalizers.Sequence(
+    [
+      *(normalizers.Replace(entity, text) for entity, text in ENTITIES),
+      normalizers.Replace(Regex("[\u02bc\u2018-\u201b]"), "'"),
+      normalizers.Replace(Regex("[\u201c-\u201f]"), '"'),
+      *(normalizers.Replace(chr(old), new) for old, new in (chardata.LIGATURES | chardata.WIDTH_MAP).items()),
+      normalizers.NFC(),
+      normalizers.Replace(Regex(r"\s+"), " "),
+      normalizers.Lowercase(),
+    ]
+  )
+  ends = [(token, SPECIAL[token]) for token in (START, END)]
+  rust.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
+  rust.add_special_tokens([START, END])
+  return rust.to_str()
+
+
+# Twice, as a page that was escaped twice.
+ENTITIES = 2 * (("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&apos;", "'"), ("&nbsp;", " "))
 
 _loading = threading.Lock()
 

@@ -43,15 +43,15 @@ class VisionTransformer(nn.Module):
     x = self._patches(images.astype(self.dtype))
     batch, patches, width = x.shape
     classes = 0 if self.map_head else 1
-    init = parameter(nn.initializers.normal(width**-0.5), None, "embed")
-    positions = self.param("pos_embed", init, (classes + patches, width)).astype(self.dtype)
+    init = nn.initializers.normal(width**-0.5)
+    if classes:
+      token = self.param("class_embedding", parameter(init, "embed"), (width,)).astype(self.dtype)
+    positions = self.param("pos_embed", parameter(init, None, "embed"), (classes + patches, width)).astype(self.dtype)
     x = x + positions[classes:]
     if keys is not None and self.patch_drop:
       kept = max(round(patches * (1 - self.patch_drop)), 1)
       x = jnp.take_along_axis(x, random_patches(keys, patches, kept)[..., None], axis=1)
-    if not self.map_head:
-      init = parameter(nn.initializers.normal(width**-0.5), "embed")
-      token = self.param("class_embedding", init, (width,)).astype(self.dtype)
+    if classes:
       x = jnp.concatenate([jnp.broadcast_to(token + positions[0], (batch, 1, width)), x], axis=1)
       x = LayerNorm(self.norm_epsilon, self.dtype, name="norm_pre")(x)
     x = Transformer(
@@ -69,8 +69,8 @@ class VisionTransformer(nn.Module):
       return MapHead(
         self.heads, self.mlp_width, self.activation, self.norm_epsilon, self.dtype, name="head"
       )(norm(x))
-    init = parameter(nn.initializers.normal(width**-0.5), "embed", None)
-    return norm(x[:, 0]) @ self.param("projection", init, (width, self.embed_dim)).astype(self.dtype)
+    projection = self.param("projection", parameter(init, "embed", None), (width, self.embed_dim))
+    return norm(x[:, 0]) @ projection.astype(self.dtype)
 
   def _patches(self, images):
     batch, height, width, channels = images.shape

@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 
+import clip_jax
 from clip_jax.convert import exports, sources
-from clip_jax.convert.layouts import siglip
+from clip_jax.convert.layouts import huggingface, siglip, tables
 from clip_jax.errors import UsageError
 from tests.convert import models
 
@@ -36,6 +39,22 @@ def test_a_round_trip_is_bit_identical_and_keeps_what_belongs_to_the_weights(tmp
   again = sources.find(tmp_path / "again")
   assert again.layout == "clip_jax" and again.model == config
   models.assert_same(again, params)
+
+
+def test_the_processor_of_transformers_sees_images_and_captions_as_here(tmp_path):
+  config = models.model("vit", text={**models.TEXT, "context_length": 12})
+  _, source = models.checkpoint(tmp_path / "ours", config)
+  exports.write(source, "huggingface", tmp_path / "theirs")
+  ours, processor = clip_jax.load(tmp_path / "ours"), transformers.CLIPProcessor.from_pretrained(tmp_path / "theirs")
+  picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 50, 3), np.uint8))
+  captions = ["five o’clock", "“A” &amp; B", "ｗｉｄｅ ﬁsh\n\tsoup", "", "a very long caption " * 9, "Ünïcode 漢字 👍🏽"]
+  seen = processor(text=captions, images=picture, padding="max_length", truncation=True, return_tensors="np")
+  pixels = (ours.preprocess(picture) / 255 - np.array(config.image_mean)) / np.array(config.image_std)
+  np.testing.assert_allclose(seen["pixel_values"][0], pixels.transpose(2, 0, 1), atol=1e-5)
+  for theirs, row in zip(seen["input_ids"], ours.tokenize(captions), strict=True):
+    end = np.argmax(row)  # there rows are filled up with the end token, which a causal tower does not see
+    np.testing.assert_array_equal(theirs[: end + 1], row[: end + 1])
+    assert (theirs[end:] == 49_407).all()
 
 
 @pytest.fixture
@@ -90,6 +109,15 @@ def test_large_weights_are_split_as_on_the_hub(tmp_path):
   assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
   assert index["metadata"]["total_size"] == sum(4 * np.size(value) for value in params.values())
   models.assert_same(sources.find(tmp_path / "theirs"), params)
+
+
+def test_verification_finds_a_matrix_that_is_not_transposed_and_leaves_nothing(tmp_path, monkeypatch):
+  _, source = models.checkpoint(tmp_path / "ours", models.model())
+  wrong = [row._replace(how=tables.SAME) if row.ours.endswith("attention/out/kernel") else row for row in huggingface.CLIP]
+  monkeypatch.setattr(huggingface, "CLIP", wrong)
+  with pytest.raises(RuntimeError, match="computes something else in transformers"):
+    exports.write(source, "huggingface", tmp_path / "out", verified=True)
+  assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 REFUSED = [

@@ -149,7 +149,7 @@ OPEN_CLIP = [
   (["model_cfg", "vision_cfg", "no_ln_pre"], True, "vision_cfg.no_ln_pre=True makes it a model"),
   (["model_cfg", "vision_cfg", "timm_model_name"], "vit_tiny_224", "of models with timm's towers SigLIP can be read"),
   (["model_cfg", "text_cfg", "hf_model_name"], "roberta", "text_cfg.hf_model_name='roberta' makes it a model"),
-  (["model_cfg", "text_cfg", "norm_kwargs"], {"eps": 1e-6}, "different epsilons"),
+  (["model_cfg", "text_cfg", "norm_kwargs"], {"eps": 1e-6}, "norm_epsilon is 1e-05 for images and 1e-06 for text"),
   (["model_cfg", "text_cfg", "act_kwargs"], {"approximate": "fast"}, None),
   (["model_cfg", "vision_cfg", "image_size"], [32, 64], "are not square"),
   (["preprocess_cfg", "interpolation"], "bilinear", "interpolation 'bilinear' cannot be read"),

@@ -25,12 +25,12 @@ import pytest
 import regex
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 import clip_jax.data
 from clip_jax.data import tokenizer as tokenizer_module
 from clip_jax.data.captions import clean
-from clip_jax.data.tokenizer import ClipTokenizer
+from clip_jax.data.tokenizer import ClipTokenizer, for_transformers
 
 START, END = 49_406, 49_407
 WIDE = 1_100  # longer than any string below, so nothing is cut where whole sequences are compared
@@ -353,6 +353,27 @@ def test_transformers(corpus, huggingface, context_length):
   raw, cleaned = corpus
   theirs = huggingface_rows(huggingface, cleaned, context_length)
   assert_same_rows(TRANSFORMERS, cleaned, theirs, ClipTokenizer(context_length)(raw))
+
+
+@pytest.fixture(scope="module")
+def exported():
+  rust = Tokenizer.from_str(for_transformers())
+  rust.enable_truncation(77)
+  return rust
+
+
+def test_what_is_exported_for_transformers(corpus, exported):
+  raw, cleaned = corpus
+  same = ("lower-cases with newer tables", "finds special tokens inside punctuation")
+  categories = {name: TRANSFORMERS[name] for name in same}
+  categories["repairs, or composes, what an entity brought in"] = (lambda t: openai_clean(t) != t, None)
+  theirs = np.array([row(e.ids[1:-1], 77) for e in exported.encode_batch(cleaned)])
+  assert_same_rows(categories, cleaned, theirs, ClipTokenizer()(raw))
+
+
+@pytest.mark.parametrize("caption", ["Ｃａｆｅ", "the café’s", "ﬁne “street”", "salt &amp; pepper", "R&amp;amp;B", "a\n\t b"])
+def test_what_is_exported_cleans_captions(exported, caption):
+  assert row(exported.encode(caption).ids[1:-1], 77) == ClipTokenizer()(caption)[0].tolist()
 
 
 @pytest.mark.parametrize("name", INSTANT)
