@@ -1,6 +1,7 @@
 """Writing files so that a reader, or a crash, never sees half of one."""
 
 import contextlib
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -52,9 +53,9 @@ def new(path):
   except OSError as error:
     raise UsageError(f"{path} cannot be written: {error.strerror or error}.") from error
   finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-    with contextlib.suppress(OSError):
-      temporary.unlink()
+    for leftover in path.parent.glob(f"{glob.escape(temporary.name)}*"):  # Orbax adds endings of its own
+      shutil.rmtree(leftover, ignore_errors=True)
+      leftover.unlink(missing_ok=True)
     for parent in parents:
       with contextlib.suppress(OSError):  # it is not empty, as after all that went well
         parent.rmdir()

@@ -1,5 +1,6 @@
 """Round trips through every layout, what comes with the weights, and what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -176,6 +177,25 @@ def test_numbers_that_are_not_finite_are_refused_both_ways(tmp_path, value):
     exports.import_weights(sources.find(tmp_path / "theirs"), tmp_path / "imported")
   assert not (tmp_path / "out").exists() and not (tmp_path / "imported").exists()
   assert {path.name for path in tmp_path.iterdir()} == {"ours", "whole", "theirs"}
+
+
+def test_an_import_that_fails_late_leaves_nothing(tmp_path, monkeypatch):
+  _, source = models.checkpoint(tmp_path / "ours", models.model())
+  monkeypatch.setattr(models.native, "CHUNK_BYTES", 10_000)  # so that much has been written by then
+  params = {name: source.read(name) for name in source.shapes}
+  last = list(params)[-1]
+
+  def read(name):
+    if name == last:
+      raise UsageError("the last one is not finite")
+    return params[name]
+
+  broken = dataclasses.replace(source, layout="open_clip", read=read)
+  with pytest.raises(UsageError, match="the last one"):
+    exports.import_weights(broken, tmp_path / "new/imported")
+  assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+  exports.import_weights(dataclasses.replace(source, layout="open_clip"), tmp_path / "new/imported")
+  models.assert_same(sources.find(tmp_path / "new/imported"), params)
 
 
 def _tensors(path):
