@@ -5,7 +5,6 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 
 import argparse
 import json
-import math
 import re
 import sys
 
@@ -175,9 +174,10 @@ def _tracker(what):
 
 def _described(source, out):
   from clip_jax import config as configs
+  from clip_jax.models import size
 
-  count = sum(math.prod(shape.shape) for shape in source.shapes.values())
-  return {"out": str(out), "from": source.layout, "parameters": count, "model": configs.to_dict(source.model)}
+  model = source.model
+  return {"out": str(out), "from": source.layout, "parameters": size.parameters(model), "model": configs.to_dict(model)}
 
 
 def _export(arguments):

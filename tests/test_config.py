@@ -186,14 +186,16 @@ def test_the_sigmoid_recipe_starts_as_siglip():
   assert (config.loss.name, config.loss.max_logit_scale) == ("sigmoid", None)
 
 
-@pytest.mark.parametrize("name, rate", [("vitb32", 5e-4), ("vitb16", 5e-4), ("vitl14", 4e-4)])
+@pytest.mark.parametrize("name, rate", [("vitb32", 5e-4), ("vitb16", 5e-4), ("vitl14", 4e-4), ("rn50", 5e-4)])
 def test_recipes_are_the_papers(name, rate):
   config = configs.resolve(importlib.import_module(f"configs.{name}").get_config())
   # Radford et al. 2021, tables 18 and 20.
   assert config.train.global_batch_size == 32_768
   assert config.train.samples == pytest.approx(32 * 400e6, rel=1e-5)
   assert config.optimizer.learning_rate == rate
-  assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.epsilon) == (0.9, 0.98, 1e-6)
+  second, epsilon = (0.999, 1e-8) if name == "rn50" else (0.98, 1e-6)
+  assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.epsilon) == (0.9, second, epsilon)
+  assert config.model.activation == "quick_gelu"  # as OpenAI's released weights
   assert (config.optimizer.weight_decay, config.optimizer.warmup_steps) == (0.2, 2000)
 
 

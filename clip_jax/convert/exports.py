@@ -97,7 +97,7 @@ def _huggingface(source, folder, name, split_bytes, track):
 
 def _stablehlo(source, folder, _, split_bytes, track):
   folder.mkdir()
-  stablehlo.write(folder, source)
+  stablehlo.write(folder, source, track)
 
 
 def _onnx(source, folder, name, split_bytes, track):

@@ -342,7 +342,7 @@ tags: [clip, clip_jax]
 
 # {name}
 
-{model.name or "A model"} trained with clip_jax, exported for Hugging Face transformers. Images of {model.image_size} pixels, texts of
+{model.name or "A model"}, exported by clip_jax for Hugging Face transformers. Images of {model.image_size} pixels, texts of
 {model.text.context_length} tokens, embeddings of {model.embed_dim} numbers, activation `{ACTIVATIONS[model.activation]}`.
 
 ```python

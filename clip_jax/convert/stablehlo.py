@@ -1,16 +1,18 @@
 """Both encoders as serialized StableHLO, weights included: they run wherever JAX is, without this project."""
 
+import dataclasses
 import json
 import math
 import warnings
 from pathlib import Path
 
+import flax
 import jax
 import numpy as np
 from jax import export
 
 from clip_jax import config as configs
-from clip_jax.convert import huggingface
+from clip_jax.convert import huggingface, weights
 from clip_jax.errors import UsageError
 from clip_jax.models.clip import CLIP
 
@@ -19,27 +21,33 @@ LIMIT = 2 * 2**30  # bytes of one file, which is a flatbuffer
 FILES = {"image": "image.stablehlo", "text": "text.stablehlo"}
 
 
-def write(folder, source):
+def write(folder, source, track=iter):
   """Writes `image.stablehlo`, `text.stablehlo`, `model.json` and the tokenizer's files.
 
   Args:
     folder: an empty folder.
     source: a `Source`.
+    track: wraps the list of parameters that is gone through, to show progress.
 
   Raises:
-    UsageError: a tower has more than 2 GiB of weights, which such a file cannot hold.
+    UsageError: a tower has more than 2 GiB of weights, which such a file cannot hold, or they are not finite.
   """
-  folder, model = Path(folder), source.model
+  folder, model = Path(folder), dataclasses.replace(source.model, compute_dtype="float32")
   for tower in FILES:
     size = sum(
-      math.prod(shape.shape) * shape.dtype.itemsize for name, shape in source.shapes.items() if name.startswith(f"{tower}/")
+      4 * math.prod(shape.shape) for name, shape in source.shapes.items() if name.startswith(f"{tower}/")
     )
     if size > 0.98 * LIMIT:
       raise UsageError(
         f"the {tower} tower of {source.where} has {size / 2**30:.1f} GiB of weights, and a serialized program holds 2; "
         "huggingface and open_clip can express it."
       )
-  params = jax.tree.map(jax.numpy.asarray, source.params())
+  params = {}
+  for name in track(list(source.shapes)):
+    array = source.read(name)
+    weights.check_finite(name, array, source.where)
+    params[name] = jax.numpy.asarray(array, jax.numpy.float32)
+  params = flax.traverse_util.unflatten_dict(params, sep="/")
   (batch,) = export.symbolic_shape("batch")
   inputs = {
     "image": jax.ShapeDtypeStruct((batch, model.image_size, model.image_size, 3), np.uint8),

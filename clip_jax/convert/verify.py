@@ -1,6 +1,7 @@
 """The same images and texts through a model here and through what it was exported as."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 from pathlib import Path
@@ -34,7 +35,7 @@ def compare(source, target, path):
     MissingExtraError: torch, or what else is needed to run the twin, is not installed.
     RuntimeError: the twin computes something else.
   """
-  model = source.model
+  model = dataclasses.replace(source.model, compute_dtype="float32")  # as the others compute
   images = np.random.default_rng(0).integers(0, 256, (len(TEXTS), model.image_size, model.image_size, 3), np.uint8)
   tokens = (source.tokenizer or tokenizer_for(model))(TEXTS)
   params = jax.tree.map(lambda x: np.asarray(x, np.float32), source.params())

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clip_jax.data.pipeline import tokenizer_for
 from clip_jax.errors import UsageError
 from clip_jax.models.clip import initial_params
 from clip_jax.models.vit import resize_positions
@@ -95,6 +96,8 @@ def start_from(state, config, source):
   """
   tower = config.train.init_tower
   _check_same_model(config.model, source.model, tower)
+  if tower != "image":
+    _check_same_tokenizer(config.model, source.tokenizer)
   wanted = flax.traverse_util.flatten_dict(state.params, sep="/")
   names = [name for name in {**wanted, **source.shapes} if tower == "both" or name.startswith(f"{tower}/")]
   for name in names:
@@ -126,6 +129,20 @@ def _check_same_model(wanted, given, tower):
     new, old = (functools.reduce(getattr, key.split("."), model) for model in (wanted, given))
     if new != old:
       raise UsageError(f"config.model.{key} is {new}, and the weights of config.train.init_from were trained with {old}.")
+
+
+def _check_same_tokenizer(model, given):
+  wanted = None if model.tokenizer == "clip" else tokenizer_for(model)
+  if _identity(wanted) != _identity(given):
+    raise UsageError(
+      f"config.model.tokenizer={model.tokenizer!r} is not what the weights of config.train.init_from were trained with, "
+      f"{'CLIP' if given is None else f'another {given.kind}'}."
+    )
+
+
+def _identity(tokenizer):
+  # How captions are cleaned is no part of it: open_clip does that itself.
+  return tokenizer and (tokenizer.kind, tokenizer.content, tokenizer.pad_id, tokenizer.end_id)
 
 
 def shardings_of(described):

@@ -112,6 +112,13 @@ def test_large_weights_are_split_as_on_the_hub(tmp_path):
   models.assert_same(sources.find(tmp_path / "theirs"), params)
 
 
+@pytest.mark.parametrize("to", ["huggingface", "stablehlo"])
+def test_a_model_that_is_trained_in_bfloat16_is_compared_in_float32(tmp_path, to):
+  _, source = models.checkpoint(tmp_path / "ours", models.model(compute_dtype="bfloat16"))
+  found = exports.write(source, to, tmp_path / "out", verified=True)
+  assert max(found["image"], found["text"]) < 2e-6
+
+
 def test_verification_finds_a_matrix_that_is_not_transposed_and_leaves_nothing(tmp_path, monkeypatch):
   _, source = models.checkpoint(tmp_path / "ours", models.model())
   wrong = [row._replace(how=tables.SAME) if row.ours.endswith("attention/out/kernel") else row for row in huggingface.CLIP]
@@ -165,8 +172,9 @@ def test_numbers_that_are_not_finite_are_refused_both_ways(tmp_path, value):
   params = models.random_params(config)
   params["text/projection"][3, 4] = value
   models.native.write(tmp_path / "ours", config, None, params.items())
-  with pytest.raises(UsageError, match="text/projection holds values that are not finite"):
-    exports.write(sources.find(tmp_path / "ours"), "huggingface", tmp_path / "out")
+  for to in ("huggingface", "stablehlo"):
+    with pytest.raises(UsageError, match="text/projection holds values that are not finite"):
+      exports.write(sources.find(tmp_path / "ours"), to, tmp_path / "out")
   _, whole = models.checkpoint(tmp_path / "whole", config)
   exports.write(whole, "open_clip", tmp_path / "theirs")
   state = {name: torch.from_numpy(np.array(t)) for name, t in _tensors(tmp_path / "theirs/open_clip_model.safetensors").items()}

@@ -16,6 +16,7 @@ from clip_jax.models import vit
 from clip_jax.parallel import mesh as meshes
 from clip_jax.train import state as states
 from tests.conftest import tiny
+from tests.convert.models import small_tokenizer
 
 SIGLIP = {
   "model": {
@@ -119,6 +120,19 @@ def test_another_model_is_refused(other, model, message):
   with pytest.raises(UsageError) as error:
     states.start_from(described(config), config, other)
   assert message in str(error.value)
+
+
+def test_another_tokenizer_is_refused(other, tmp_path):
+  (tmp_path / "a").mkdir()
+  tokenizer = small_tokenizer(tmp_path / "a")
+  text = {"kind": "siglip", "vocab_size": 300, "context_length": 9, "width": 16, "layers": 1, "heads": 2}
+  model = {**tiny()["model"], "text": text, "tokenizer": str(tmp_path / "a")}
+  config = resolved(model=model)
+  right = dataclasses.replace(source(config), tokenizer=tokenizer)
+  states.start_from(described(config), config, right)
+  for wrong in (None, dataclasses.replace(tokenizer, content=tokenizer.content + b" ")):
+    with pytest.raises(UsageError, match="is not what the weights of config.train.init_from were trained with"):
+      states.start_from(described(config), config, dataclasses.replace(right, tokenizer=wrong))
 
 
 def test_a_locked_image_tower_may_read_text_another_way(other):
