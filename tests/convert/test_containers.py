@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.convert import containers
-from clip_jax.errors import DataError, UsageError
+from clip_jax.errors import DataError, MissingExtraError, UsageError
 
 DTYPES = [np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)]
 
@@ -83,6 +84,13 @@ def test_torchscript_archives(tmp_path):
   tensors = containers.Torch(tmp_path / "a.pt")
   assert tensors.scripted and tensors.shapes == {"weight": (4,)}
   np.testing.assert_array_equal(tensors.read("weight"), np.arange(4, dtype=np.float16))
+
+
+def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
+  torch.save(STATE, tmp_path / "w.pt")
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with pytest.raises(MissingExtraError, match=r"Reading w.pt needs the package torch, .* pip install 'clip_jax\[torch\]'"):
+    containers.Torch(tmp_path / "w.pt")
 
 
 class Hostile:

@@ -16,7 +16,8 @@ from clip_jax.errors import UsageError
 from tests.convert import models
 
 ROUND_TRIPS = [
-  *[("vit", {"activation": activation}, to) for activation in ("gelu", "quick_gelu") for to in ("huggingface", "open_clip")],
+  ("vit", {"activation": "gelu"}, "huggingface"),
+  ("vit", {"activation": "quick_gelu"}, "open_clip"),
   ("vit", {"activation": "gelu_tanh", "norm_epsilon": 3e-6, "resize_mode": "squash"}, "huggingface"),
   ("vit", {"image_mean": (0.1, 0.2, 0.3), "image_std": (0.4, 0.5, 0.6), "activation": "gelu_tanh"}, "open_clip"),
   ("vit_bias", {}, "open_clip"),
@@ -112,10 +113,9 @@ def test_large_weights_are_split_as_on_the_hub(tmp_path):
   models.assert_same(sources.find(tmp_path / "theirs"), params)
 
 
-@pytest.mark.parametrize("to", ["huggingface", "stablehlo"])
-def test_a_model_that_is_trained_in_bfloat16_is_compared_in_float32(tmp_path, to):
+def test_a_model_that_is_trained_in_bfloat16_is_written_and_compared_in_float32(tmp_path):
   _, source = models.checkpoint(tmp_path / "ours", models.model(compute_dtype="bfloat16"))
-  found = exports.write(source, to, tmp_path / "out", verified=True)
+  found = exports.write(source, "stablehlo", tmp_path / "out", verified=True)
   assert max(found["image"], found["text"]) < 2e-6
 
 

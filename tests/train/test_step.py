@@ -194,6 +194,9 @@ RESNET = {
 }
 
 
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
+
+
 @functools.cache
 def resnet_step(shape):
   config = resolved(shape, **RESNET)
@@ -201,9 +204,7 @@ def resnet_step(shape):
   described, rows = states.describe(config, mesh)[0], rules.batch_sharding(mesh)
   shapes = {"images": ((16, 32, 32, 3), jnp.uint8), "tokens": ((16, 12), jnp.int32)}
   batch = {name: jax.ShapeDtypeStruct(*given, sharding=rows) for name, given in shapes.items()}
-  # Less optimised: compiling is nearly all of the time.
-  options = {"xla_backend_optimization_level": 0}
-  return config, mesh, described, steps.create(config, mesh).lower(described, batch).compile(compiler_options=options)
+  return config, mesh, described, steps.create(config, mesh).lower(described, batch).compile(compiler_options=UNOPTIMIZED)
 
 
 def resnet_start():
@@ -233,9 +234,8 @@ def changes(state):
   return {path: np.delete(x, 1, axis=0) if path.endswith("qkv_bias") else x for path, x in flat.items()}
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (4, 2, 1)], ids=str)
-def test_a_resnet_is_normalised_by_the_global_batch_on_every_mesh(shape):
-  (want_state, want_losses), (state, losses) = train_resnet(), train_resnet(shape)
+def test_a_resnet_is_normalised_by_the_global_batch_on_a_mesh():
+  (want_state, want_losses), (state, losses) = train_resnet(), train_resnet((4, 2, 1))
   np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
   got = changes(state)
   for path, want in changes(want_state).items():
@@ -291,12 +291,13 @@ def test_a_locked_tower_is_not_changed_and_costs_no_backward_pass():
 def test_a_locked_resnet_keeps_its_running_statistics():
   config = resolved(**{**RESNET, "optimizer": {"freeze": "^image/"}})
   mesh = meshes.create(config, jax.devices()[:1])
-  state = jax.device_put(resnet_start().replace(opt_state=()), None)
-  step = steps.train_step(config, mesh)
   images, tokens = inputs(config.model, rows=16)
   batch = {"images": images, "tokens": tokens}
-  fresh = states.create(config, mesh).opt_state
-  after, metrics = jax.jit(step)(state.replace(opt_state=fresh), batch)
-  jax.tree.map(np.testing.assert_array_equal, after.params["image"], state.params["image"])
-  image, text, scale = CLIP(config.model).apply({"params": state.params}, images, tokens)  # as at inference
+  params = resnet_start().params
+  optimizer, _ = optimizers.create(config)
+  state = states.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  step = jax.jit(steps.train_step(config, mesh)).lower(state, batch).compile(compiler_options=UNOPTIMIZED)
+  after, metrics = step(state, batch)
+  jax.tree.map(np.testing.assert_array_equal, after.params["image"], params["image"])
+  image, text, scale = CLIP(config.model).apply({"params": params}, images, tokens)  # as at inference
   np.testing.assert_allclose(metrics["loss"], dense_softmax(image, text, scale)[0], rtol=1e-5)
