@@ -2,11 +2,12 @@
 
 import contextlib
 import glob
+import json
 import os
 import shutil
 from pathlib import Path
 
-from clip_jax.errors import UsageError
+from clip_jax.errors import DataError, UsageError
 
 
 def write_text(path, text):
@@ -26,6 +27,28 @@ def write_text(path, text):
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+  """Writes a JSON file that people read, too, whole or not at all."""
+  write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+  """The object in a JSON file.
+
+  Raises:
+    DataError: the file is missing, or holds none.
+  """
+  try:
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise DataError(f"{path} is missing.") from error
+  except (OSError, ValueError) as error:
+    raise DataError(f"{path} cannot be read as JSON ({error}).") from error
+  if not isinstance(content, dict):
+    raise DataError(f"{path} holds no JSON object.")
+  return content
 
 
 @contextlib.contextmanager

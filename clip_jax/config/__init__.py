@@ -5,7 +5,6 @@ fills in the sizes a model's name stands for, and returns a `Config` that the re
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 
@@ -28,7 +27,7 @@ from clip_jax.config.schema import (
   Vision,
   ZeroShot,
 )
-from clip_jax.errors import ConfigError
+from clip_jax.errors import ConfigError, did_you_mean
 
 __all__ = [
   "Checkpoint",
@@ -66,10 +65,10 @@ DEFAULTS = dict(
 # Keys that may stay open, by what the tower is.
 OPEN = {
   "model": {"logit_bias_init"},
-  "vit": {"mlp_width", "stages"},
-  "siglip": {"mlp_width", "stages", "train_length"},
+  "vit": {"stages"},
+  "siglip": {"stages", "train_length"},
   "resnet": {"patch_size", "layers", "mlp_width"},
-  "clip": {"mlp_width", "train_length"},
+  "clip": {"train_length"},
 }
 KINDS = {"vision": ("vit", "siglip", "resnet"), "text": ("clip", "siglip")}
 MLP_RATIO = 4
@@ -161,8 +160,7 @@ def _value(value, hint, path):
 def _check_known(cls, key, path):
   known = [f.name for f in dataclasses.fields(cls)]
   if key not in known:
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-    hint = f"Did you mean {near[0]}?" if near else f"Its keys are {_listed(cls)}."
+    hint = did_you_mean(key, known, f"Its keys are {_listed(cls)}.", cutoff=0.4)
     raise ConfigError(f"{path}.{key} is not a key of {path.removeprefix('config.')}. {hint}")
 
 
@@ -181,8 +179,7 @@ def _named_sizes(model):
   from clip_jax.models import zoo
 
   if model.name and model.name not in zoo.MODELS:
-    near = difflib.get_close_matches(model.name, zoo.MODELS, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(zoo.MODELS)}."
+    hint = did_you_mean(model.name, zoo.MODELS, f"Known are {', '.join(zoo.MODELS)}.")
     raise ConfigError(f"config.model.name={model.name!r} is not a known model. {hint}")
   named = zoo.MODELS.get(model.name, {})
   towers = {}

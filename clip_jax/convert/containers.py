@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 
 from clip_jax.errors import DataError, MissingExtraError
+from clip_jax.files import write_json
 
 CODES = {np.dtype("float32"): "F32", np.dtype("float16"): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
 SPLIT_BYTES = 5 * 10**9  # files of more are split on the Hub
@@ -148,9 +149,7 @@ def import_torch(feature):
 
 def _plain(name):
   # What DistributedDataParallel and torch.compile put in front.
-  for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
-    name = name.removeprefix(prefix)
-  return name
+  return name.removeprefix("module.").removeprefix("_orig_mod.")
 
 
 def _is_archive(path):
@@ -211,4 +210,4 @@ def write_split(folder, stem, tensors, read, limit=SPLIT_BYTES):
     places |= dict.fromkeys(group, name)
   total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
   index = {"metadata": {"total_size": total}, "weight_map": places}
-  (Path(folder) / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+  write_json(Path(folder) / f"{stem}.safetensors.index.json", index)

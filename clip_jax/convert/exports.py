@@ -19,8 +19,6 @@ from clip_jax.convert import (
 )
 from clip_jax.errors import UsageError
 
-TARGETS = ("openai", "open_clip", "huggingface", "stablehlo", "onnx")
-
 
 def write(source, target, out, *, split_bytes=containers.SPLIT_BYTES, track=iter, verified=False):
   """Writes weights in another project's layout. Nothing stays at `out` unless all of it is there.
@@ -40,9 +38,8 @@ def write(source, target, out, *, split_bytes=containers.SPLIT_BYTES, track=iter
   Raises:
     UsageError: the target cannot express the model, or it cannot be written.
   """
-  writer = dict(zip(TARGETS, (_openai, _open_clip, _huggingface, _stablehlo, _onnx), strict=True))[target]
   with files.new(out) as temporary:
-    writer(source, temporary, Path(out).name, split_bytes, track)
+    WRITERS[target](source, temporary, Path(out).name, split_bytes, track)
     return verify.compare(source, target, temporary) if verified else None
 
 
@@ -68,9 +65,7 @@ def _openai(source, path, _, split_bytes, track):
   openai.check_expressible(source.model)
   torch = containers.import_torch("Writing a .pt file")
   tensors, read = _plan(source, openai.rows(source.model), track)
-  state = {}
-  for name in tensors:
-    state[name] = torch.from_numpy(np.array(read(name), np.float32))
+  state = {name: torch.from_numpy(np.array(read(name), np.float32)) for name in tensors}
   model = source.model
   for key, value in zip(openai.SIZES, (model.image_size, model.text.context_length, model.text.vocab_size), strict=True):
     state[key] = torch.tensor(value)
@@ -109,6 +104,16 @@ def _onnx(source, folder, name, split_bytes, track):
     if path.suffix != ".safetensors" and path.name not in ("README.md", "model.safetensors.index.json"):
       path.rename(folder / path.name)
   shutil.rmtree(twin)
+
+
+# Each takes the source, a path where nothing is, the name it will have, and what `write` was given.
+WRITERS = {
+  "openai": _openai,
+  "open_clip": _open_clip,
+  "huggingface": _huggingface,
+  "stablehlo": _stablehlo,
+  "onnx": _onnx,
+}
 
 
 def _plan(source, table, track):

@@ -10,7 +10,8 @@ from clip_jax import config as configs
 from clip_jax.config.schema import CLIP_MEAN, CLIP_STD
 from clip_jax.convert.layouts import huggingface, siglip
 from clip_jax.data import tokenizer, tokenizer_folders
-from clip_jax.errors import DataError, UsageError
+from clip_jax.errors import UsageError
+from clip_jax.files import read_json, write_json
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 IGNORED = huggingface.IGNORED
@@ -185,23 +186,6 @@ def is_clips_tokenizer(folder):
   return not (folder / "spiece.model").is_file()
 
 
-def read_json(path):
-  """A JSON object from a file.
-
-  Raises:
-    DataError: it is missing, or is not one.
-  """
-  try:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise DataError(f"{path} is missing.") from error
-  except (OSError, ValueError) as error:
-    raise DataError(f"{path} cannot be read as JSON ({error}).") from error
-  if not isinstance(content, dict):
-    raise DataError(f"{path} holds no JSON object.")
-  return content
-
-
 def write(folder, model, files, dtype):
   """Writes what a Hugging Face folder has beside the weights.
 
@@ -317,11 +301,6 @@ def write_tokenizer(folder, files, context_length, processor=None):
   # The class that takes tokenizer.json as it is written: CLIPTokenizer would leave its cleaning of captions out.
   config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=context_length)
   write_json(folder / "tokenizer_config.json", config | special | more)
-
-
-def write_json(path, content):
-  """Writes a JSON object for people to read, too."""
-  Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_card(model, name):

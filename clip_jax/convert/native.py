@@ -18,7 +18,8 @@ import orbax.checkpoint as ocp
 import clip_jax
 from clip_jax import config as configs
 from clip_jax.data.tokenizer_files import FileTokenizer
-from clip_jax.errors import UsageError
+from clip_jax.errors import DataError, UsageError
+from clip_jax.files import read_json
 
 # Number of the layout of a checkpoint; a reader refuses one that it does not know.
 FORMAT = 1
@@ -81,8 +82,8 @@ def read_card(folder):
 def _read_json(folder, item):
   path = Path(folder) / item / "metadata"
   try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+    return read_json(path)
+  except DataError as error:
     raise UsageError(f"{folder} is not a checkpoint of clip_jax: {path} cannot be read.") from error
 
 

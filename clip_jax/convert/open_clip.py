@@ -9,6 +9,7 @@ from clip_jax.convert import huggingface, openai
 from clip_jax.convert.layouts import siglip
 from clip_jax.data import tokenizer_folders
 from clip_jax.errors import UsageError
+from clip_jax.files import read_json, write_json
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model"
@@ -57,7 +58,7 @@ def read(folder):
   """
   folder = Path(folder)
   path = folder / CONFIG
-  config = huggingface.read_json(path)
+  config = read_json(path)
   cfg, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
   vision, text = cfg.get("vision_cfg") or {}, cfg.get("text_cfg") or {}
   siglips = bool(vision.get("timm_model_name"))
@@ -173,7 +174,7 @@ def write(folder, model, files):
     "interpolation": "bicubic",
     "resize_mode": model.resize_mode,
   }
-  huggingface.write_json(Path(folder) / CONFIG, {"model_cfg": config_of(model), "preprocess_cfg": preprocess})
+  write_json(Path(folder) / CONFIG, {"model_cfg": config_of(model), "preprocess_cfg": preprocess})
   if files is not None:
     huggingface.write_tokenizer(folder, files, model.text.context_length)
 

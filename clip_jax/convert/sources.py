@@ -1,7 +1,6 @@
 """Anything that weights come from: which model it is, and its parameters one by one."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +8,10 @@ import flax
 import numpy as np
 
 from clip_jax import config as configs
+from clip_jax import files
 from clip_jax.convert import containers, huggingface, native, open_clip, openai, weights
 from clip_jax.data.tokenizer_files import FileTokenizer
-from clip_jax.errors import DataError, UsageError
+from clip_jax.errors import DataError, UsageError, did_you_mean
 from clip_jax.models import zoo
 
 # In the order they are looked for, in a folder of Hugging Face or open_clip.
@@ -75,7 +75,7 @@ def find(path, name=None):
     tensors = _without_text_prefix(_tensors(_first(path, OPEN_CLIP_FILES + HUGGINGFACE_FILES)), model)
     return _foreign(path, "open_clip", model, tokenizer, tensors)
   # A work directory has a config.json, too, before it has a checkpoint.
-  if (path / "config.json").is_file() and "model_type" in huggingface.read_json(path / "config.json"):
+  if (path / "config.json").is_file() and "model_type" in files.read_json(path / "config.json"):
     model, tokenizer = huggingface.read(path)
     return _foreign(path, "huggingface", model, tokenizer, _tensors(_first(path, HUGGINGFACE_FILES)))
   raise UsageError(
@@ -133,8 +133,7 @@ def _file(path, name):
 
 def _named(name):
   if name not in zoo.MODELS:
-    near = difflib.get_close_matches(name, zoo.MODELS, n=1)
-    hint = f"Did you mean {near[0]}?" if near else "`clip-jax models` lists them."
+    hint = did_you_mean(name, zoo.MODELS, "`clip-jax models` lists them.")
     raise UsageError(f"--model={name} is not a known model. {hint}")
   return configs.model_from_dict({"name": name})
 
@@ -142,8 +141,8 @@ def _named(name):
 def _who_is_it(path, shapes):
   sizes = openai.sizes_from(shapes)
   if sizes is None:
-    where = "vision_model" if any(name.startswith("vision_model.") for name in shapes) else None
-    hint = "give the Hugging Face folder it is from" if where else "the tensors are not those of CLIP's own towers"
+    transformers = any(name.startswith("vision_model.") for name in shapes)
+    hint = "give the Hugging Face folder it is from" if transformers else "the tensors are not those of CLIP's own towers"
     return f"{path} does not say what model it holds; {hint}."
   fitting = [name for name in zoo.MODELS if _fits(configs.model_from_dict({"name": name}), sizes)]
   names = ", ".join(fitting) if fitting else "none that has a name"
@@ -171,9 +170,7 @@ class _Renamed:
 
 def _without_text_prefix(tensors, model):
   # open_clip's CustomTextCLIP puts "text." in front of CLIP's own text tower.
-  if not any(name == "text.positional_embedding" for name in tensors.shapes):
-    return tensors
-  if model is not None and model.text.kind == "siglip":
+  if "text.positional_embedding" not in tensors.shapes or (model is not None and model.text.kind == "siglip"):
     return tensors
   return _Renamed(tensors, {name.removeprefix("text."): name for name in tensors.shapes})
 
@@ -189,7 +186,7 @@ def _foreign(where, layout, model, tokenizer, tensors):
     row = found[name]
     parts = [tensors.read(their) for their in row.theirs]
     for their, part in zip(row.theirs, parts, strict=True):
-      if part.dtype.kind not in "fV" and "float" not in part.dtype.name:
+      if "float" not in part.dtype.name:
         raise DataError(f"{where}: {their} holds {part.dtype.name}, and weights are floating-point numbers.")
       weights.check_finite(their, part, where)
     array = row.how.back(parts, shapes[name].shape)

@@ -1,7 +1,6 @@
 """Both encoders as serialized StableHLO, weights included: they run wherever JAX is, without this project."""
 
 import dataclasses
-import json
 import math
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ from jax import export
 from clip_jax import config as configs
 from clip_jax.convert import huggingface, weights
 from clip_jax.errors import UsageError
+from clip_jax.files import write_json
 from clip_jax.models.clip import CLIP
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -66,7 +66,7 @@ def write(folder, source, track=iter):
     "logit_scale": float(np.exp(params["logit_scale"])),
     "logit_bias": float(params.get("logit_bias", 0.0)),
   }
-  (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+  write_json(folder / "model.json", about)
   huggingface.write_tokenizer(folder, source.tokenizer, model.text.context_length)
 
 

@@ -4,6 +4,7 @@ Nothing here is state: the batch of a step is a function of the config, the data
 run resumes by asking for the step after its checkpoint's.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -31,8 +32,18 @@ def tokenizer_for(model):
   Raises:
     UsageError: its file cannot be read, or does not go with the model.
   """
+  return file_tokenizer_for(model) or ClipTokenizer(model.text.context_length)
+
+
+@functools.lru_cache(maxsize=4)  # a vocabulary of 256,000 takes seconds to read, and a run asks several times
+def file_tokenizer_for(model):
+  """The `FileTokenizer` of a `clip_jax.config.Model`, or None if it has CLIP's own.
+
+  Raises:
+    UsageError: its file cannot be read, or does not go with the model.
+  """
   if model.tokenizer == "clip":
-    return ClipTokenizer(model.text.context_length)
+    return None
   tokenizer = tokenizer_folders.read(model.tokenizer, model.text.context_length)
   has = model.text.vocab_size
   if tokenizer.vocab_size > has:

@@ -76,8 +76,7 @@ def run(config, workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UsageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
-  tokenizer = None if config.model.tokenizer == "clip" else pipeline.tokenizer_for(config.model)
-  checkpoints = checkpoint.Checkpoints(workdir, config, tokenizer)
+  checkpoints = checkpoint.Checkpoints(workdir, config, pipeline.file_tokenizer_for(config.model))
   try:
     start = checkpoints.latest_step() or 0
     if start:

@@ -1,5 +1,6 @@
 """AdamW with decoupled weight decay, linear warm-up and cosine decay (Radford et al. 2021, section 2.5)."""
 
+import operator
 import re
 
 import jax
@@ -60,7 +61,12 @@ def check_patterns(config, params):
 
 def frozen(config):
   """Which parameters stay as they are, as a function from a tree of parameters to a tree of bools."""
-  pattern = re.compile(config.optimizer.freeze or "(?!)")  # the latter matches nothing
+  return matching(config.optimizer.freeze or "(?!)")  # the latter matches nothing
+
+
+def matching(pattern):
+  """Whose path a regular expression finds a match in, as a function from a tree of parameters to a tree of bools."""
+  pattern = re.compile(pattern)
   return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: bool(pattern.search(path_name(path))), params)
 
 
@@ -126,12 +132,8 @@ def decay_mask(no_decay):
   Returns:
     A function from a tree of parameters to a tree of bools.
   """
-  pattern = re.compile(no_decay)
-
-  def mask(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: not pattern.search(path_name(path)), params)
-
-  return mask
+  spared = matching(no_decay)
+  return lambda params: jax.tree.map(operator.not_, spared(params))
 
 
 def path_name(path):

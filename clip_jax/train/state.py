@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.data.pipeline import tokenizer_for
+from clip_jax.data.pipeline import file_tokenizer_for
 from clip_jax.errors import UsageError
 from clip_jax.models.clip import initial_params
 from clip_jax.models.vit import resize_positions
@@ -132,8 +132,7 @@ def _check_same_model(wanted, given, tower):
 
 
 def _check_same_tokenizer(model, given):
-  wanted = None if model.tokenizer == "clip" else tokenizer_for(model)
-  if _identity(wanted) != _identity(given):
+  if _identity(file_tokenizer_for(model)) != _identity(given):
     raise UsageError(
       f"config.model.tokenizer={model.tokenizer!r} is not what the weights of config.train.init_from were trained with, "
       f"{'CLIP' if given is None else f'another {given.kind}'}."

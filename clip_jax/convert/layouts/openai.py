@@ -4,15 +4,18 @@ from clip_jax.convert.layouts.tables import CONVOLUTION, SAME, Row, attend, bloc
 
 _BLOCK = ("ln_1", "ln_2", ["attn.in_proj_"], "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
 
-_TEXT = [
-  Row("text/token_embedding", ["token_embedding.weight"], SAME),
-  Row("text/pos_embed", ["positional_embedding"], SAME),
-  *block("text/transformer", "transformer.resblocks", _BLOCK),
-  *norm("text/norm_final", "ln_final"),
-  Row("text/projection", ["text_projection"], SAME),
-  Row("logit_scale", ["logit_scale"], SAME),
-  Row("logit_bias", ["logit_bias"], SAME),
-]
+
+def text(prefix=""):
+  """The rows of a text tower but its projection, and of scale and bias; open_clip has it with a prefix, too."""
+  return [
+    Row("text/token_embedding", [f"{prefix}token_embedding.weight"], SAME),
+    Row("text/pos_embed", [f"{prefix}positional_embedding"], SAME),
+    *block("text/transformer", f"{prefix}transformer.resblocks", _BLOCK),
+    *norm("text/norm_final", f"{prefix}ln_final"),
+    Row("logit_scale", ["logit_scale"], SAME),
+    Row("logit_bias", ["logit_bias"], SAME),
+  ]
+
 
 VIT = [
   Row("image/patch_kernel", ["visual.conv1.weight"], CONVOLUTION),
@@ -22,42 +25,49 @@ VIT = [
   *block("image/transformer", "visual.transformer.resblocks", _BLOCK),
   *norm("image/norm_post", "visual.ln_post"),
   Row("image/projection", ["visual.proj"], SAME),
-  *_TEXT,
+  *text(),
+  Row("text/projection", ["text_projection"], SAME),
 ]
 
 
-def _conv_norm(ours_conv, theirs_conv, ours_norm, theirs_norm):
+def _convolution(ours, theirs):
+  return Row(f"{ours}/kernel", [f"{theirs}.weight"], CONVOLUTION)
+
+
+def _batch_norm(ours, theirs):
   return [
-    Row(f"{ours_conv}/kernel", [f"{theirs_conv}.weight"], CONVOLUTION),
-    *norm(ours_norm, theirs_norm),
-    Row(f"{ours_norm}/mean", [f"{theirs_norm}.running_mean"], SAME),
-    Row(f"{ours_norm}/var", [f"{theirs_norm}.running_var"], SAME),
+    *norm(ours, theirs),
+    Row(f"{ours}/mean", [f"{theirs}.running_mean"], SAME),
+    Row(f"{ours}/var", [f"{theirs}.running_var"], SAME),
   ]
 
 
-_STAGES = [
-  row
-  for stage in range(4)
-  for ours, theirs in [(f"image/stage_{stage}/block_{{i}}", f"visual.layer{stage + 1}.{{i}}")]
-  for row in [
-    *_conv_norm(f"{ours}/conv_1", f"{theirs}.conv1", f"{ours}/norm_1", f"{theirs}.bn1"),
-    *_conv_norm(f"{ours}/conv_2", f"{theirs}.conv2", f"{ours}/norm_2", f"{theirs}.bn2"),
-    *_conv_norm(f"{ours}/conv_3", f"{theirs}.conv3", f"{ours}/norm_3", f"{theirs}.bn3"),
-    *_conv_norm(
-      f"{ours}/shortcut/conv", f"{theirs}.downsample.0", f"{ours}/shortcut/norm", f"{theirs}.downsample.1"
-    ),
+def _three(ours, theirs):
+  # Stem and bottleneck alike: three convolutions, each with its norm.
+  return [
+    row
+    for i in (1, 2, 3)
+    for row in (_convolution(f"{ours}/conv_{i}", f"{theirs}.conv{i}"), *_batch_norm(f"{ours}/norm_{i}", f"{theirs}.bn{i}"))
   ]
-]
+
+
+def _stage(stage):
+  ours, theirs = f"image/stage_{stage}/block_{{i}}", f"visual.layer{stage + 1}.{{i}}"
+  return [
+    *_three(ours, theirs),
+    _convolution(f"{ours}/shortcut/conv", f"{theirs}.downsample.0"),
+    *_batch_norm(f"{ours}/shortcut/norm", f"{theirs}.downsample.1"),
+  ]
+
 
 RESNET = [
-  *_conv_norm("image/stem/conv_1", "visual.conv1", "image/stem/norm_1", "visual.bn1"),
-  *_conv_norm("image/stem/conv_2", "visual.conv2", "image/stem/norm_2", "visual.bn2"),
-  *_conv_norm("image/stem/conv_3", "visual.conv3", "image/stem/norm_3", "visual.bn3"),
-  *_STAGES,
+  *_three("image/stem", "visual"),
+  *(row for stage in range(4) for row in _stage(stage)),
   Row("image/pool/pos_embed", ["visual.attnpool.positional_embedding"], SAME),
   *attend("image/pool/attention", [f"visual.attnpool.{name}_proj" for name in "qkv"]),
   *dense("image/pool/attention/out", "visual.attnpool.c_proj"),
-  *_TEXT,
+  *text(),
+  Row("text/projection", ["text_projection"], SAME),
 ]
 
 # What may be in a file beside the weights, as regular expressions: buffers, and the sizes OpenAI wrote beside them.

@@ -1,6 +1,6 @@
 """The layouts of SigLIP: `SiglipModel` in transformers, and open_clip's, whose image tower is timm's."""
 
-from clip_jax.convert.layouts import huggingface
+from clip_jax.convert.layouts import huggingface, openai
 from clip_jax.convert.layouts.tables import (
   CONVOLUTION,
   MATRIX,
@@ -28,16 +28,9 @@ def _head(theirs, names):
 
 
 HUGGINGFACE = [
-  Row("image/patch_kernel", ["vision_model.embeddings.patch_embedding.weight"], CONVOLUTION),
+  *huggingface.TOWERS,
   Row("image/patch_bias", ["vision_model.embeddings.patch_embedding.bias"], SAME),
-  Row("image/pos_embed", ["vision_model.embeddings.position_embedding.weight"], SAME),
-  *block("image/transformer", "vision_model.encoder.layers", huggingface.BLOCK),
-  *norm("image/norm_post", "vision_model.post_layernorm"),
   *_head("vision_model.head", ("probe", ["attention.in_proj_"], "attention.out_proj", "layernorm", "mlp")),
-  Row("text/token_embedding", ["text_model.embeddings.token_embedding.weight"], SAME),
-  Row("text/pos_embed", ["text_model.embeddings.position_embedding.weight"], SAME),
-  *block("text/transformer", "text_model.encoder.layers", huggingface.BLOCK),
-  *norm("text/norm_final", "text_model.final_layer_norm"),
   Row("text/projection", ["text_model.head.weight"], MATRIX),
   Row("text/projection_bias", ["text_model.head.bias"], SAME),
   Row("logit_scale", ["logit_scale"], leading(1)),
@@ -45,7 +38,6 @@ HUGGINGFACE = [
 ]
 
 _TIMM_BLOCK = ("norm1", "norm2", ["attn.qkv"], "attn.proj", "mlp.fc1", "mlp.fc2")
-_TEXT_BLOCK = ("ln_1", "ln_2", ["attn.in_proj_"], "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
 
 OPEN_CLIP = [
   Row("image/patch_kernel", ["visual.trunk.patch_embed.proj.weight"], CONVOLUTION),
@@ -54,14 +46,9 @@ OPEN_CLIP = [
   *block("image/transformer", "visual.trunk.blocks", _TIMM_BLOCK),
   *norm("image/norm_post", "visual.trunk.norm"),
   *_head("visual.trunk.attn_pool", ("latent", ["q", "kv"], "proj", "norm", "mlp")),
-  Row("text/token_embedding", ["text.token_embedding.weight"], SAME),
-  Row("text/pos_embed", ["text.positional_embedding"], SAME),
-  *block("text/transformer", "text.transformer.resblocks", _TEXT_BLOCK),
-  *norm("text/norm_final", "text.ln_final"),
+  *openai.text("text."),
   Row("text/projection", ["text.text_projection.weight"], MATRIX),
   Row("text/projection_bias", ["text.text_projection.bias"], SAME),
-  Row("logit_scale", ["logit_scale"], SAME),
-  Row("logit_bias", ["logit_bias"], SAME),
 ]
 
 # timm's image towers of SigLIP, without the image size their names end in: sizes, image sizes, and the activation that timm

@@ -1,7 +1,7 @@
 """What a layout is made of: rows of (ours, theirs, how), read in both directions.
 
 Ours is a path in the parameters, theirs the names of the tensors that one parameter becomes in the other layout, and
-"{i}", "{j}" in them are the numbers of blocks. PyTorch's matrices are [out, in], ours [in, out]; a convolution is [out, in, height, width]
+"{i}" in them is the number of a block. PyTorch's matrices are [out, in], ours [in, out]; a convolution is [out, in, height, width]
 there and [height, width, in, out] here; query, key and value are one array [in, 3, heads, size] here.
 """
 
