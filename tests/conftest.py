@@ -1,8 +1,13 @@
 """Shared by all tests: eight CPU devices in this process, and small things to train on."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
+
+# Programs here are compiled once and run a few times on tiny arrays: most of the suite's time would be optimising them.
+# Set before JAX starts, and for the processes that tests start.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax
 import numpy as np
