@@ -15,8 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from clip_jax.config import check_key
-from clip_jax.errors import UsageError
+from clip_jax.errors import StorageError, UsageError
 
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -47,6 +48,9 @@ def main(argv):
   except UsageError as error:
     print(error, file=sys.stderr)
     return EXIT_USAGE
+  except StorageError as error:
+    print(f"{error} The last checkpoint is whole; the same command goes on from it.", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def parse(argv):

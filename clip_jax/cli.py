@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 
 import argparse
 import json
+import os
 import re
 import sys
 
@@ -58,10 +59,11 @@ def _parser():
   data = data.add_subparsers(metavar="VERB", required=True)
   index = verb(
     data, "index", _data_index, _show_index,
-    "Build the byte-offset index of webdataset tar shards; training does it too, on first use.",
-    "clip-jax data index 'shards/{00000..00099}.tar'",
+    "Build the byte-offset index of webdataset tar shards, beside them; training does it too, on first use.",
+    "clip-jax data index 'gs://bucket/laion/{00000..00099}.tar'",
   )  # fmt: skip
-  index.add_argument("path", help="a glob of shards; {a..b} and {a,b} are expanded")
+  index.add_argument("path", help="a glob of shards, local, gs:// or s3://; {a..b} and {a,b} are expanded")
+  index.add_argument("--processes", type=int, default=0, metavar="N", help="shards read at the same time (one a core)")
   index.add_argument("--rebuild", action="store_true", help="build them anew even if they are up to date")
   index.add_argument("--allow-truncated", action="store_true", help="accept shards that are cut off")
   report = verb(
@@ -123,13 +125,16 @@ def _show_models(found):
 
 
 def _data_index(arguments):
-  from clip_jax.data.sources import tar
+  from clip_jax.data.sources import tar, tar_index
+  from clip_jax.data.storage import Storage
 
-  paths = tar.expand(arguments.path)
-  tables = tar.index_shards(
-    paths, allow_truncated=arguments.allow_truncated, rebuild=arguments.rebuild
-  )
-  return {"shards": len(paths), "records": sum(len(t) for t in tables), "bytes": sum(t.nbytes for t in tables)}
+  storage = Storage()
+  paths = tar.shards(arguments.path, storage)
+  index = tar_index.Index(
+    paths, allow_truncated=arguments.allow_truncated, storage=storage, rebuild=arguments.rebuild, beside=True,
+    processes=arguments.processes or os.cpu_count(),
+  )  # fmt: skip
+  return {"shards": len(paths), "records": len(index.rows), "bytes": index.rows.nbytes + index.ends.nbytes}
 
 
 def _show_index(found):

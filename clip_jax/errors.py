@@ -16,6 +16,13 @@ class DataError(UsageError):
   """Input data that cannot be used: a missing, truncated or malformed file."""
 
 
+class StorageError(RuntimeError):
+  """A disk or a bucket that does not answer, after all attempts: nothing is wrong with what was asked for.
+
+  A record behind it must not be replaced by another, or the order of examples would depend on the weather.
+  """
+
+
 class MissingExtraError(UsageError):
   """An optional package that a feature needs is not installed."""
 

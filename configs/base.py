@@ -45,8 +45,20 @@ def get_config():
   config.loss.max_logit_scale = 100.0  # section 2.5
 
   config.data = ConfigDict()
-  config.data.source = "tar"
+  config.data.source = "auto"
   config.data.path = ""
+  config.data.mixture = ()
+  config.data.image = ""
+  config.data.captions = ()
+  config.data.min_size = 0
+  config.data.max_aspect = placeholder(float)
+  config.data.min_caption = 0
+  config.data.max_caption = placeholder(int)
+  config.data.order = "global"
+  config.data.block = 128
+  config.data.window = 8
+  config.data.lanes = 64
+  config.data.block_cache = 8.0
   config.data.seed = 0
   config.data.crop_scale = (0.9, 1.0)  # "a random square crop" (section 2.3); the range is open_clip's
   config.data.color_jitter = 0.0
@@ -55,6 +67,8 @@ def get_config():
   config.data.other_captions = 0.0
   config.data.threads = 0
   config.data.prefetch = 4
+  config.data.read_deadline = 600.0
+  config.data.max_pixels = 256 * 1024 * 1024
   config.data.max_bad_share = 0.05
   config.data.allow_truncated = False
 

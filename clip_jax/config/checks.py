@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from fractions import Fraction
 
 from clip_jax.errors import ConfigError
 
@@ -50,7 +51,7 @@ def check(config):
   _check_patterns(optimizer)
   _check_loss(config.loss, config.model)
   one_of("config.train.init_tower", config.train.init_tower, ("both", "image", "text"))
-  one_of("config.data.source", data.source, ("tar", "emoji"))
+  _check_data(data)
   if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
     raise ConfigError(f"config.data.crop_scale={data.crop_scale} must be two shares, 0 < low <= high <= 1.")
   for path, value, low, high in (
@@ -62,6 +63,16 @@ def check(config):
     ("data.threads", data.threads, 0, 1024),
     ("data.prefetch", data.prefetch, 1, 1024),
     ("data.seed", data.seed, 0, 2**63 - 1),
+    ("data.min_size", data.min_size, 0, 10**6),
+    ("data.max_aspect", math.inf if data.max_aspect is None else data.max_aspect, 1, math.inf),
+    ("data.min_caption", data.min_caption, 0, 10**6),
+    ("data.max_caption", 10**6 if data.max_caption is None else data.max_caption, 1, 10**6),
+    ("data.block", data.block, 1, 10**6),
+    ("data.window", data.window, 1, 10**6),
+    ("data.lanes", data.lanes, 1, 10**6),
+    ("data.block_cache", data.block_cache, 0, 10**6),
+    ("data.read_deadline", data.read_deadline, 1, 10**6),
+    ("data.max_pixels", data.max_pixels, 1, 2**40),
     ("train.seed", config.train.seed, 0, 2**32 - 1),
     ("train.microbatches", config.train.microbatches, 1, 10**6),
     ("train.log_every", config.train.log_every, 1, 10**9),
@@ -90,6 +101,32 @@ def check(config):
     bad = [t for t in item.templates if t.count("{}") != 1]
     if bad:
       raise ConfigError(f"{path}.templates: {bad[0]!r} must hold {{}} once, where the class name goes.")
+
+
+FORMATS = ("auto", "tar", "array_record", "tfds", "parquet", "folder", "emoji")
+MOST_WEIGHTS = 10**6
+
+
+def _check_data(data):
+  one_of("config.data.source", data.source, FORMATS)
+  one_of("config.data.order", data.order, ("global", "blocks"))
+  for key, pairs in (("mixture", data.mixture), ("captions", data.captions)):
+    for i, (name, weight) in enumerate(pairs):
+      if not name or not 0 < weight < math.inf:
+        raise ConfigError(f"config.data.{key}[{i}]={(name, weight)} must be a name and a positive weight.")
+  paths = [path for path, _ in data.mixture]
+  if len(set(paths)) < len(paths):
+    raise ConfigError("config.data.mixture names a path twice; give it once, with the sum of its weights.")
+  if data.mixture and data.path:
+    raise ConfigError(f"config.data.path={data.path!r} and config.data.mixture are both set; put the path into the mixture.")
+  if data.captions and data.other_captions:
+    raise ConfigError("config.data.captions and config.data.other_captions are both set; the weights say it all.")
+  exact = [Fraction(str(weight)) for _, weight in data.mixture]
+  if exact and math.lcm(*((weight / sum(exact)).denominator for weight in exact)) > MOST_WEIGHTS:
+    raise ConfigError(
+      f"config.data.mixture: {[weight for _, weight in data.mixture]} are in no simple proportion to each other; round "
+      "them, so that all together are at most a million times their common measure."
+    )
 
 
 def _check_patterns(optimizer):

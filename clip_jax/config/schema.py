@@ -76,8 +76,20 @@ class Loss:
 class Data:
   """Where pairs come from, in which order, and what is done to an image."""
 
-  source: str = "tar"  # "tar", or "emoji": the quickstart set, written on first use
-  path: str = ""  # a glob, {a..b} and {a,b} expanded; with "emoji" inside its folder
+  source: str = "auto"  # "tar", "array_record", "tfds", "parquet", "folder", "emoji", or what the path looks like
+  path: str = ""  # a glob of files, local, gs:// or s3://, {a..b} and {a,b} expanded; with "emoji" inside its folder
+  mixture: tuple[tuple[str, float], ...] = ()  # (path, weight) pairs, in exactly these proportions; instead of a path
+  image: str = ""  # column or feature with the image; found by itself if empty
+  captions: tuple[tuple[str, float], ...] = ()  # (name, weight) of captions to draw from; the usual ones if empty
+  min_size: int = 0  # pixels of the shorter side; records that fail this and the next three are left out
+  max_aspect: float | None = None  # longer side over shorter side
+  min_caption: int = 0  # characters
+  max_caption: int | None = None
+  order: str = "global"  # one permutation of all records; or "blocks": few large reads, for object stores
+  block: int = 128  # neighbouring records that are read together
+  window: int = 8  # blocks whose records are shuffled together
+  lanes: int = 64  # windows that are open at the same time, each for its own rows of the batch
+  block_cache: float = 8.0  # GiB of records that each process may keep until they are used
   seed: int = 0  # of the order and of the augmentation
   crop_scale: tuple[float, ...] = (0.9, 1.0)  # random resized crop: smallest and largest share of the area
   color_jitter: float = 0.0  # largest change of brightness, contrast and saturation, as a factor
@@ -86,6 +98,8 @@ class Data:
   other_captions: float = 0.0  # probability of taking one of the captions after a record's first
   threads: int = 0  # 0: as many as there are processor cores
   prefetch: int = 4  # batches kept ready
+  read_deadline: float = 600.0  # seconds for one read, repetitions included, before the run stops and says which
+  max_pixels: int = 256 * 1024 * 1024  # an image whose header claims more is not decoded
   max_bad_share: float = 0.05  # of records that do not decode, before the run stops
   allow_truncated: bool = False  # read the whole records of a shard that is cut off
 
@@ -135,7 +149,7 @@ class Retrieval:
   """A held-out set of images and captions to retrieve one by the other."""
 
   path: str = ""
-  source: str = "tar"
+  source: str = "auto"
   first_caption: bool = False  # of each record's captions only the first is a candidate
   nearest_training_image: bool = False  # also report a yardstick that needs no training, at the end
   gallery: int = 0  # pictures of retrievals in the report
@@ -146,7 +160,7 @@ class ZeroShot:
   """A held-out set of labelled images (`.cls` members) to classify by class names in prompts."""
 
   path: str = ""
-  source: str = "tar"
+  source: str = "auto"
   classes: tuple[str, ...] = ()
   templates: tuple[str, ...] = ("a photo of a {}.",)
 

@@ -5,7 +5,6 @@ run resumes by asking for the step after its checkpoint's.
 """
 
 import functools
-import itertools
 import json
 import math
 import os
@@ -55,11 +54,11 @@ def file_tokenizer_for(model):
   return tokenizer
 
 
-def train_batches(source, config, *, rows, start, bad_records=None):
+def train_batches(dataset, config, *, rows, start, bad_records=None):
   """The training batches of one process.
 
   Args:
-    source: a `Source`.
+    dataset: a `dataset.Dataset`.
     config: a resolved `Config`.
     rows: which rows of the global batch this process loads, an int array.
     start: the first step to load.
@@ -71,20 +70,28 @@ def train_batches(source, config, *, rows, start, bad_records=None):
 
   Raises:
     DataError: while iterating, more records are bad than the config allows.
+    StorageError: while iterating, a disk or a bucket does not answer.
   """
   data, batch = config.data, config.train.global_batch_size
   if bad_records is None:
     bad_records = BadRecords(None, data.max_bad_share)
-  load = _TrainLoader(source, config, bad_records)
+  load = Loader(dataset, config, bad_records)
   chunk = math.gcd(len(rows), CHUNK)
   chunks = len(rows) // chunk
+  batches = _Batches(len(rows), config, chunks)
 
   def load_chunk(i):
     step, part = divmod(i, chunks)
-    return load(order.positions_of_step(step, batch, rows[part * chunk : (part + 1) * chunk]))
+    here = slice(part * chunk, (part + 1) * chunk)
+    whole = batches.of(step)
+    load(order.positions_of_step(step, batch, rows[here]), {key: array[here] for key, array in whole.items()})
+    return whole if part == chunks - 1 else None
 
-  loaded = _in_threads(load_chunk, start * chunks, config.train.steps * chunks, data, chunks)
-  return _joined(loaded, chunks)
+  options = grain.ReadOptions(
+    num_threads=data.threads or os.cpu_count(), prefetch_buffer_size=max(data.prefetch * chunks, 1)
+  )
+  loaded = grain.MapDataset.range(start * chunks, config.train.steps * chunks).map(load_chunk).to_iter_dataset(options)
+  return _joined(iter(loaded))
 
 
 def evaluation_pixels(record, size, mode):
@@ -127,7 +134,7 @@ class BadRecords:
     if path is not None and os.path.exists(path):
       with open(path, "rb") as file:
         lines = file.readlines()
-    self._written = {_index_of(line) for line in lines}
+    self._written = {_name_of(line) for line in lines}
     # A killed run may have left part of a line, which must not be glued to the next one.
     self._before = "\n" if lines and not lines[-1].endswith(b"\n") else ""
 
@@ -136,11 +143,11 @@ class BadRecords:
     with self._lock:
       self.tried += tried
 
-  def report(self, index, key, error, substitute):
+  def report(self, place, key, error, substitute):
     """Writes down a record that cannot be read.
 
     Args:
-      index: its number in the data set.
+      place: a dict with its "index" in the data set, and of a mixture the "source".
       key: its name.
       error: why it cannot be read.
       substitute: the record that takes its place, if that can be read.
@@ -150,9 +157,10 @@ class BadRecords:
     """
     with self._lock:
       self.bad += 1
-      if self._path is not None and index not in self._written:
-        self._written.add(index)
-        line = {"index": int(index), "key": key, "error": str(error), "substitute": int(substitute)}
+      name = place.get("source"), place["index"]
+      if self._path is not None and name not in self._written:
+        self._written.add(name)
+        line = place | {"key": key, "error": str(error), "substitute": substitute}
         with open(self._path, "a", encoding="utf-8") as file:
           file.write(self._before + json.dumps(line, ensure_ascii=False) + "\n")
         self._before = ""
@@ -164,77 +172,112 @@ class BadRecords:
         )
 
 
-def _index_of(line):
+def _name_of(line):
   try:
-    return json.loads(line)["index"]
-  except (ValueError, KeyError, TypeError):
+    place = json.loads(line)
+    return place.get("source"), place["index"]
+  except (ValueError, KeyError, TypeError, AttributeError):
     return None  # part of a line
 
 
-class _TrainLoader:
+class Loader:
   """Loads the examples at given positions of the stream."""
 
-  def __init__(self, source, config, bad_records):
-    self._source, self._bad_records = source, bad_records
+  def __init__(self, dataset, config, bad_records, clock=None):
+    """Prepares.
+
+    Args:
+      dataset: a `dataset.Dataset`.
+      config: a resolved `Config`.
+      bad_records: a `BadRecords`.
+      clock: called with the name of a stage and a function to run, where time is measured; it returns what that does.
+    """
+    self._dataset, self._bad_records = dataset, bad_records
     self._data, self._size = config.data, config.model.image_size
     self._tokenizer = tokenizer_for(config.model)
+    self._timed = clock or (lambda stage, function, *arguments: function(*arguments))
 
-  def __call__(self, positions):
-    seed = self._data.seed
-    indices = order.examples(seed, len(self._source), positions)
-    pixels = np.empty((len(positions), self._size, self._size, 3), np.uint8)
+  def __call__(self, positions, out):
+    """Loads.
+
+    Args:
+      positions: int64 [n] positions of the stream.
+      out: where to write: "images", uint8 [n, size, size, 3], and "tokens", int32 [n, context_length].
+
+    Raises:
+      DataError: more records are bad than the config allows.
+      StorageError: a disk or a bucket does not answer.
+    """
     captions = []
     self._bad_records.count(len(positions))
-    for row, (position, index) in enumerate(zip(positions, indices, strict=True)):
-      record, image = self._read(int(index))
-      # Keyed by the position in the stream: the same on any host count, and after a resume.
-      random = np.random.Generator(np.random.Philox(key=[seed, position]))
-      pixels[row] = images.augment(
-        image,
-        self._size,
-        random,
-        crop_scale=self._data.crop_scale,
-        color_jitter=self._data.color_jitter,
-        flip=self._data.flip,
-        rotation=self._data.rotation,
-      )
-      captions.append(self._choose(record.captions, random))
-    return {"images": pixels, "tokens": self._tokenizer(captions)}
+    found = self._timed("read", self._dataset.at, positions)
+    for row, (position, (place, record)) in enumerate(zip(positions, found, strict=True)):
+      captions.append(self._fill(out["images"][row], position, place, record))
+    out["tokens"][...] = self._timed("tokenize", self._tokenizer, captions)
 
-  def _read(self, index):
-    wanted = index
-    for attempt in range(1, MAX_SUBSTITUTES + 2):
+  def _fill(self, pixels, position, wanted, record):
+    place = wanted
+    for attempt in range(MAX_SUBSTITUTES + 1):
+      if attempt:
+        place = self._dataset.substitute(wanted, attempt)
+        record = self._timed("read", self._dataset.read, place)
+      # Keyed by the position in the stream: the same on any host count, and after a resume.
+      random = np.random.Generator(np.random.Philox(key=[self._data.seed, position]))
       try:
-        record = self._source[index]
-        return record, images.decode(record.image)
+        if isinstance(record, DataError):
+          raise record
+        self._timed("image", self._image, record, random, pixels)
+        return self._choose(record, random)
       except (DataError, images.DecodeError) as error:
-        # Its own first substitute is written down, also where it was met as that of another record.
-        first = self._substitute(index, 1)
-        self._bad_records.report(index, self._source.key(index), error, first)
-        index = self._substitute(wanted, attempt)
+        reason = error
+      # Its own first substitute is written down, also where it was met as that of another record.
+      first = self._dataset.describe(self._dataset.substitute(place, 1))["index"]
+      self._bad_records.report(self._dataset.describe(place), self._dataset.key(place), reason, first)
     raise DataError(
-      f"{self._source.key(wanted)}: neither it nor {MAX_SUBSTITUTES} substitutes could be read."
+      f"{self._dataset.key(wanted)}: neither it nor {MAX_SUBSTITUTES} substitutes could be read."
     )
 
-  def _substitute(self, index, attempt):
-    return order.substitute(self._data.seed, len(self._source), index, attempt)
+  def _image(self, record, random, out):
+    data = self._data
+    images.training_image(
+      record.image, self._size, random, out=out, max_pixels=data.max_pixels, crop_scale=data.crop_scale,
+      color_jitter=data.color_jitter, flip=data.flip, rotation=data.rotation,
+    )  # fmt: skip
 
-  def _choose(self, captions, random):
+  def _choose(self, record, random):
+    captions, weights = record.captions, record.weights
+    if weights is not None:
+      ends = np.cumsum(weights)
+      return captions[int(np.searchsorted(ends, random.random() * ends[-1], side="right"))]
     if len(captions) > 1 and random.random() < self._data.other_captions:
       return captions[random.integers(1, len(captions))]
     return captions[0]
 
 
-def _in_threads(load, start, stop, data, chunks):
-  options = grain.ReadOptions(
-    num_threads=data.threads or os.cpu_count(), prefetch_buffer_size=max(data.prefetch * chunks, 1)
-  )
-  return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))
+class _Batches:
+  """The arrays of batches that are being filled, each by several threads, a part each."""
+
+  def __init__(self, rows, config, parts):
+    size, length = config.model.image_size, config.model.text.context_length
+    self._shapes = {"images": ((rows, size, size, 3), np.uint8), "tokens": ((rows, length), np.int32)}
+    self._parts, self._lock, self._open = parts, threading.Lock(), {}
+
+  def of(self, step):
+    with self._lock:
+      if step not in self._open:
+        self._open[step] = [{key: np.empty(*shape) for key, shape in self._shapes.items()}, 0]
+      entry = self._open[step]
+      entry[1] += 1
+      if entry[1] == self._parts:  # the last part has it; nobody will ask again
+        del self._open[step]
+      return entry[0]
 
 
-def _joined(loaded, chunks):
+def _joined(loaded):
+  # The parts of a batch come in order: with its last one the whole of it is there.
   try:
-    while parts := list(itertools.islice(loaded, chunks)):
-      yield {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    for whole in loaded:
+      if whole is not None:
+        yield whole
   finally:
     loaded.close()  # or a process that stops early would first load all that is queued

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as configs
 from clip_jax.convert.sources import find as find_weights
-from clip_jax.data import pipeline, sources
+from clip_jax.data import dataset, pipeline, sources
 from clip_jax.errors import ConfigError, DataError, UsageError
 from clip_jax.evaluate.encode import Encoder
 from clip_jax.evaluate.retrieval import Retrieval
@@ -30,7 +30,8 @@ from clip_jax.train.progress import Progress
 
 # What a run may change when it is resumed: none of these changes a number it computes.
 FREE_TO_CHANGE = (
-  *("mesh", "eval", "checkpoint", "data.threads", "data.prefetch", "train.log_every"),
+  *("mesh", "eval", "checkpoint", "train.log_every"),
+  *("data.threads", "data.prefetch", "data.block_cache", "data.read_deadline"),
   *("train.microbatches", "loss.method", "loss.chunk"),
 )
 
@@ -136,17 +137,16 @@ def differences(old, new, prefix=""):
 
 def _train(config, workdir, mesh, checkpoints, start):
   batch = config.train.global_batch_size
-  source = sources.create(
-    config.data.source, config.data.path, allow_truncated=config.data.allow_truncated
-  )
-  if start and checkpoints.records() != len(source):
+  data = dataset.create(config)
+  records = list(data.lengths) if config.data.mixture else len(data)
+  if start and checkpoints.records() != records:
     raise DataError(
-      f"{config.data.path} has {len(source):,} records, and the run in {workdir} began with "
-      f"{checkpoints.records():,}: the order of examples would not be the same. Restore the data, or use "
+      f"{config.data.path or 'config.data.mixture'} has {records} records, and the run in {workdir} began with "
+      f"{checkpoints.records()}: the order of examples would not be the same. Restore the data, or use "
       "another --workdir."
     )
   weights = find_weights(config.train.init_from) if config.train.init_from and not start else None
-  evaluators = create_evaluators(config, mesh, source)
+  evaluators = create_evaluators(config, mesh, data)
   described, _ = states.describe(config, mesh)
   main = jax.process_index() == 0
   if main:  # only now: a run that cannot open its data or weights leaves no trace of its config
@@ -162,12 +162,12 @@ def _train(config, workdir, mesh, checkpoints, start):
   writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
   log = hooks.Log(writer, config, clock, start, progress or (lambda step, values: None))
-  save = hooks.Save(checkpoints, len(source), log, writer, config, clock)
+  save = hooks.Save(checkpoints, records, log, writer, config, clock)
   every_step = (log, hooks.Evaluate(evaluators, log, writer, config, clock, workdir), save)
 
   bad = pipeline.BadRecords(workdir / "bad_records.jsonl", config.data.max_bad_share)
   rows = rules.local_rows(mesh, batch)
-  batches = pipeline.train_batches(source, config, rows=rows, start=start, bad_records=bad)
+  batches = pipeline.train_batches(data, config, rows=rows, start=start, bad_records=bad)
   train_step = step.create(config, mesh)
   done = start
   try:
@@ -196,7 +196,7 @@ def create_evaluators(config, mesh, training):
   Args:
     config: a resolved `Config`.
     mesh: the device mesh.
-    training: the `Source` that is trained on.
+    training: the `Dataset` that is trained on.
 
   Returns:
     A list of functions from parameters to metrics and examples.

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from clip_jax.data import images
-from clip_jax.data.images import DecodeError, augment, decode, resize_and_crop
+from clip_jax.data.images import (
+  DecodeError,
+  augment,
+  crop_box,
+  decode,
+  header_size,
+  resize_and_crop,
+  training_image,
+)
 
 WHOLE = dict(crop_scale=(1.0, 1.0))
 
@@ -209,9 +217,24 @@ def test_cmyk_jpeg_is_the_complement_less_black():
 
 def test_the_first_frame_of_an_animation():
   first, second = Image.fromarray(noise(9, 9, 3)), Image.fromarray(noise(9, 9, 3, seed=1))
-  for format in ("PNG", "WEBP"):
+  for format in ("PNG", "WEBP", "GIF"):
+    if format == "GIF":
+      first, second = first.quantize(256), second.quantize(256)
     data = encoded(first, format, save_all=True, append_images=[second], lossless=True)
-    np.testing.assert_array_equal(decode(data), np.asarray(first))
+    np.testing.assert_array_equal(decode(data), np.asarray(first.convert("RGB")))
+
+
+@pytest.mark.parametrize("interlace", [0, 1])
+def test_gif(interlace):
+  image = Image.fromarray(picture()).quantize(50)
+  np.testing.assert_array_equal(decode(encoded(image, "GIF", interlace=interlace)), np.asarray(image.convert("RGB")))
+
+
+def test_a_transparent_gif_is_set_on_white():
+  data = encoded(Image.fromarray(picture()).quantize(17), "GIF", transparency=3)
+  got = decode(data)
+  np.testing.assert_array_equal(got, on_white(by_pillow(data, "RGBA")))
+  assert (got != by_pillow(data)).any()
 
 
 CUTS = {
@@ -221,6 +244,7 @@ CUTS = {
   "PNG": ("PNG", {}),
   "WebP": ("WEBP", {}),
   "lossless WebP": ("WEBP", dict(lossless=True)),
+  "GIF": ("GIF", {}),
 }
 
 
@@ -293,6 +317,67 @@ def test_an_image_too_large_is_refused_by_its_header():
   ):
     with pytest.raises(DecodeError, match="claims to have .* pixels, more than 268,435,456"):
       decode(data)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_how_large_is_too_large_can_be_said(format):
+  data = encoded(Image.fromarray(picture(20, 26)), format)
+  out = np.zeros((8, 8, 3), np.uint8)
+  for read in (decode, lambda data, **how: training_image(data, 8, np.random.default_rng(0), out=out, **WHOLE, **how)):
+    read(data, max_pixels=520)
+    with pytest.raises(DecodeError, match="claims to have 520 pixels, more than 519"):
+      read(data, max_pixels=519)
+
+
+# The header.
+
+HEADERS = {
+  "JPEG": ("JPEG", {}),
+  "progressive JPEG": ("JPEG", dict(progressive=True)),
+  "PNG": ("PNG", {}),
+  "lossy WebP": ("WEBP", {}),
+  "lossless WebP": ("WEBP", dict(lossless=True)),
+  "extended WebP": ("WEBP", dict(icc_profile=b"not empty")),
+  "GIF": ("GIF", {}),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (300, 7), (257, 5000)])
+def test_header_size_is_what_pillow_reads(name, width, height):
+  format, options = HEADERS[name]
+  data = encoded(Image.new("RGB", (width, height)), format, **options)
+  assert header_size(data) == Image.open(io.BytesIO(data)).size == (width, height)
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_is_not_all_there_tells_nothing(name):
+  """Of every beginning of the file, those that are too short say None, all others the size."""
+  format, options = HEADERS[name]
+  data = encoded(picture(47, 61), format, **options)
+  told = [header_size(data[:length]) for length in range(len(data) + 1)]
+  enough = told.index((61, 47))
+  assert 0 < enough <= (700 if format == "JPEG" else 30)
+  assert told == [None] * enough + [(61, 47)] * (len(told) - enough)
+
+
+def test_a_header_of_webp_extended_is_that_format():
+  """Or the test above would only know the other two."""
+  assert encoded(picture(), "WEBP", icc_profile=b"not empty")[12:16] == b"VP8X"
+
+
+def test_header_size_looks_past_profiles_thumbnails_and_filling():
+  thumbnail = encoded(picture(9, 9), "JPEG")
+  data = encoded(picture(47, 61), "JPEG", exif=b"Exif\0\0" + thumbnail, icc_profile=bytes(100_000))
+  assert header_size(data) == (61, 47)
+  assert header_size(data[:4096]) is None
+  filled = data[:2] + b"\xff\xff" + b"\xff\x01" + b"\xff\x00garbage" + data[2:]
+  assert header_size(filled) == decode(filled).shape[1::-1] == (61, 47)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"<html>", b"\xff\xd8", b"RIFF\0\0\0\0WEBPVP9 " + bytes(40), b"GIF89a" + bytes(9)])
+def test_what_has_no_header(data):
+  assert header_size(data) is None
 
 
 # The evaluation transform.
@@ -592,3 +677,189 @@ def test_no_jitter_is_the_identity():
   for strength in (0.0, 1e-9):
     got = augment(pixels, 24, np.random.default_rng(0), **WHOLE, color_jitter=strength)
     np.testing.assert_array_equal(got, pixels)
+
+
+# From a file to a row of a batch.
+
+
+def landscape(height, width, seed=0):
+  """Noise with the spectrum of photographs, amplitude 1/f^1.2 (Tolhurst et al. 1992), in each channel of its own."""
+  random = np.random.default_rng(seed)
+  frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+  frequency[0, 0] = 1
+  channels = []
+  for _ in range(3):
+    spectrum = np.fft.rfft2(random.standard_normal((height, width))) / frequency**1.2
+    channel = np.fft.irfft2(spectrum, s=(height, width))
+    channels.append(channel / channel.std())
+  return np.clip(128 + 45 * np.dstack(channels), 0, 255).astype(np.uint8)
+
+
+def trained(data, size, seed=0, **how):
+  """The row that `training_image` writes, and the number that the generator would give next."""
+  random, out = np.random.default_rng(seed), np.full((size, size, 3), 77, np.uint8)
+  assert training_image(data, size, random, out=out, **how) is None
+  return out, random.random()
+
+
+def psnr(image, reference):
+  return -10 * math.log10(np.mean((image / 255 - reference / 255.0) ** 2) + 1e-12)
+
+
+# From the reference, in dB. Photographs come nearer, 45 and more: this noise has no soft edges, and the sizes below are
+# also those where decoding leaves just the pixels of the result, and so the sharpest picture. Wrong by a pixel is 25.
+NEAR = 32
+
+LITTLE = dict(crop_scale=(0.9, 1.0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  format=st.sampled_from(["PNG", "WEBP", "GIF"]),
+  height=st.integers(1, 90),
+  width=st.integers(1, 90),
+  size=st.integers(1, 48),
+  seed=st.integers(0, 2**32),
+  how=st.sampled_from([LITTLE, EVERYTHING]),
+)
+def test_all_formats_but_jpeg_are_decoded_and_augmented(format, height, width, size, seed, how):
+  data = encoded(noise(height, width, 4), format, lossless=True)
+  random = np.random.default_rng(seed)
+  want = augment(decode(data), size, random, **how)
+  got, next_number = trained(data, size, seed, **how)
+  np.testing.assert_array_equal(got, want)
+  assert next_number == random.random()
+
+
+def test_only_the_row_that_is_given_is_written():
+  batch = np.full((3, 16, 16, 3), 7, np.uint8)
+  for format in ("JPEG", "PNG"):
+    training_image(encoded(picture(), format), 16, np.random.default_rng(0), out=batch[1], **EVERYTHING)
+    assert (batch[[0, 2]] == 7).all()
+    assert batch[1].std() > 10
+    batch[1] = 7
+
+
+# Pixels of the file and of the square, and the factor by which decoding then shrinks.
+SCALES = [(300, 260, 224), (640, 512, 224), (560, 640, 224), (1000, 1040, 224), (700, 650, 32), (130, 150, 64), (401, 277, 17)]
+
+
+@pytest.mark.parametrize(("height", "width", "size"), SCALES)
+@pytest.mark.parametrize("scale", [(0.9, 1.0), (0.5, 0.8)])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_jpeg_is_near_pillows_crop_of_the_whole(height, width, size, scale, subsampling):
+  data = encoded(landscape(height, width), "JPEG", quality=90, subsampling=subsampling)
+  for seed in range(4):
+    box = crop_box(width, height, np.random.default_rng(seed), scale)
+    want = Image.open(io.BytesIO(data)).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    got, _ = trained(data, size, seed, crop_scale=scale)
+    assert psnr(got, np.asarray(want)) > NEAR
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(501, 433, 100), (1201, 1499, 64), (301, 299, 224)])
+def test_a_jpeg_is_cropped_where_it_should_be(height, width, size):
+  """To a fifth of a pixel of the result, which is how well JPEG's steps let the lines be fitted."""
+  data = encoded(coordinates(height, width), "JPEG", quality=98, subsampling=0)
+  for seed in range(10):
+    box = crop_box(width, height, np.random.default_rng(seed), (0.6, 1.0))
+    got, _ = trained(data, size, seed, crop_scale=(0.6, 1.0))
+    np.testing.assert_allclose(crop_of(got, height, width), box, atol=0.2 * max(height, width) / size)
+
+
+@pytest.mark.parametrize("size", [60, 224])
+def test_a_jpeg_that_is_enlarged_is_pillows(size):
+  """On one side or on both."""
+  data = encoded(picture(47, 61), "JPEG", quality=90)
+  for seed in range(5):
+    random = np.random.default_rng(seed)
+    want = augment(decode(data), size, random, crop_scale=(0.3, 1.0))
+    np.testing.assert_array_equal(trained(data, size, seed, crop_scale=(0.3, 1.0))[0], want)
+
+
+@pytest.mark.parametrize("period", [2, 3.2, 4.4, 6])
+def test_a_jpeg_does_not_alias(period):
+  """Stripes too fine for the result leave no more of a pattern than Pillow leaves; at 1/2 of the size some survive."""
+  stripes = 127.5 + 100 * np.sin(2 * np.pi * np.arange(600) / period)
+  pixels = np.repeat(np.repeat(stripes[None, :, None], 600, 0), 3, 2).astype(np.uint8)
+  for turned in (pixels, pixels.swapaxes(0, 1)):
+    data = encoded(np.ascontiguousarray(turned), "JPEG", quality=95, subsampling=0)
+    want = np.asarray(Image.open(io.BytesIO(data)).resize((170, 170), Image.Resampling.BICUBIC))
+    assert trained(data, 170, **WHOLE)[0].std() < want.std() + 8  # without a filter it is 25 to 31
+
+
+@pytest.mark.parametrize("size", [40, 200])
+def test_a_jpeg_is_augmented_with_the_same_draws(size):
+  data = encoded(landscape(400, 300), "JPEG", quality=90)
+  changes = [dict(flip=0.5), dict(rotation=20.0), dict(color_jitter=0.4), {}]
+  for seed, change in itertools.product(range(6), changes + [dict(flip=0.5, rotation=20.0, color_jitter=0.4)]):
+    random = np.random.default_rng(seed)
+    want = augment(decode(data), size, random, crop_scale=(0.4, 1.0), **change)
+    got, next_number = trained(data, size, seed, crop_scale=(0.4, 1.0), **change)
+    assert psnr(got, want) > NEAR - 2, change
+    assert next_number == random.random()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("order", ["little", "big"])
+@pytest.mark.parametrize("size", [24, 150, 400])
+def test_a_jpegs_orientation(orientation, order, size):
+  """The box is one of the oriented image, whatever the size decoded at."""
+  # "Exif", then the header, a directory of two entries, and what the entries say (TIFF 6.0).
+  short = "<" if order == "little" else ">"
+  tiff = (b"II*\0" if order == "little" else b"MM\0*") + struct.pack(short + "I", 8) + struct.pack(short + "H", 2)
+  tiff += struct.pack(short + "HHII", 0x0100, 4, 1, 61) + struct.pack(short + "HHIHH", 0x0112, 3, 1, orientation, 0)
+  data = encoded(landscape(320, 390), "JPEG", quality=95, exif=b"Exif\0\0" + tiff + bytes(4))
+  upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+  assert (upright.size == (320, 390)) == (orientation > 4)
+  for seed in range(3):
+    box = crop_box(*upright.size, np.random.default_rng(seed), (0.5, 1.0))
+    want = upright.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    assert psnr(trained(data, size, seed, crop_scale=(0.5, 1.0))[0], np.asarray(want)) > NEAR
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("block", [b"", b"garbage", b"MM\0*\0\0\0\x08", b"II*\0" + b"\xff" * 40, b"II*\0\x08\0\0\0\2\0\x12\1"])
+def test_a_damaged_exif_block_of_a_jpeg_is_passed_over(block):
+  pixels = landscape(100, 140)
+  data = encoded(pixels, "JPEG", quality=95, exif=b"Exif\0\0" + block)
+  want = augment(pixels, 40, np.random.default_rng(0), **LITTLE)
+  assert psnr(trained(data, 40, **LITTLE)[0], want) > NEAR
+  assert decode(data).shape == pixels.shape
+
+
+@pytest.mark.parametrize("size", [30, 64, 100, 400])
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_jpegs_in_training(mode, size):
+  image = Image.fromarray(landscape(280, 300))
+  if mode == "CMYK":
+    image = Image.fromarray(np.dstack([np.asarray(image), landscape(280, 300, seed=1)[..., 0] // 2]), "CMYK")
+  data = encoded(image.convert(mode), "JPEG", quality=95, subsampling=0)
+  want = augment(by_pillow(data), size, np.random.default_rng(0), **LITTLE)
+  assert psnr(trained(data, size, **LITTLE)[0], want) > NEAR
+
+
+@pytest.mark.parametrize("options", [{}, dict(progressive=True), dict(restart_marker_blocks=5), dict(subsampling=0)])
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_a_cut_off_jpeg_is_an_error_at_every_scale(options, size):
+  """What is missing must not be trained on as grey."""
+  data = encoded(landscape(160, 150), "JPEG", **options)
+  trained(data, size, **WHOLE)
+  for cut in [*range(0, len(data) - 2, 97), len(data) - 3]:
+    with pytest.raises(DecodeError):
+      trained(data[:cut], size, **WHOLE)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on what it makes of a damaged EXIF block
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), format=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]))
+def test_damage_in_training_is_an_image_or_an_error_of_ours(data, format):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  options = {} if format == "GIF" else dict(exif=exif)
+  content = bytearray(encoded(Image.fromarray(picture(40, 50)), format, **options))
+  for at in data.draw(st.lists(st.integers(0, min(len(content), 700) - 1), min_size=1, max_size=10)):
+    content[at] = data.draw(st.integers(0, 255))
+  try:
+    trained(bytes(content), 9, max_pixels=10**7, **EVERYTHING)
+  except DecodeError as error:
+    assert str(error).startswith("the image")

@@ -282,3 +282,119 @@ def test_substitutes_vary_with_attempt_record_and_seed():
   assert len(base) == 100
   assert len({order.substitute(0, HUGE, index, 1) for index in range(100)}) == 100
   assert len({order.substitute(seed, HUGE, 5, 1) for seed in range(100)}) == 100
+
+
+# In blocks.
+
+some_blocks = st.builds(order.Blocks, block=st.integers(1, 9), window=st.integers(1, 6), lanes=st.integers(1, 9))
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=seeds, length=st.integers(1, 700), blocks=some_blocks, stride=st.integers(1, 80), epoch=st.integers(0, 5))
+def test_blocks_each_epoch_is_a_permutation(seed, length, blocks, stride, epoch):
+  positions = np.arange(epoch * length, (epoch + 1) * length)
+  got = order.examples_in_blocks(seed, length, positions, blocks, stride)
+  assert sorted(got.tolist()) == list(range(length))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, length=st.integers(1, 300), blocks=some_blocks, data=st.data())
+def test_blocks_depend_on_nothing_but_the_position(seed, length, blocks, data):
+  stream = order.examples_in_blocks(seed, length, np.arange(900), blocks, 16)
+  chosen = data.draw(st.lists(st.integers(0, 899), min_size=1, max_size=20))
+  assert order.examples_in_blocks(seed, length, np.array(chosen), blocks, 16).tolist() == stream[chosen].tolist()
+  assert int(order.examples_in_blocks(seed, length, chosen[0], blocks, 16)) == stream[chosen[0]]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_a_host_has_few_blocks_open_and_reads_each_once(hosts):
+  """What the order is for: a host's rows come from its own lanes, and a block is used up within a window."""
+  length, batch, blocks = 64 * 1000, 64, order.Blocks(block=50, window=4, lanes=8)
+  steps = length // batch
+  stream = order.examples_in_blocks(1, length, np.arange(steps * batch), blocks, batch).reshape(steps, batch)
+  for rows in np.split(np.arange(batch), hosts):
+    mine = stream[:, rows] // blocks.block  # [steps, rows]
+    first, last = {}, {}
+    for step, row in enumerate(mine):
+      for block in row.tolist():
+        first.setdefault(block, step)
+        last[block] = step
+    # A lane uses 8 records a step and has 200 in a window, and windows do not begin where lanes do.
+    assert max(last[block] - first[block] for block in first) <= 200 // 8
+    open_at = [sum(first[b] <= step <= last[b] for b in first) for step in range(0, steps, 37)]
+    assert max(open_at) <= 2 * blocks.window * blocks.lanes / hosts
+    # Lanes meet in a block or window at their ends only.
+    assert len(first) <= length / blocks.block / hosts + 2 * blocks.window * blocks.lanes / hosts
+
+
+def test_blocks_differ_between_epochs_and_seeds_and_are_in_no_order():
+  blocks = order.Blocks(16, 4, 4)
+  first, second = (order.examples_in_blocks(0, 4096, np.arange(4096) + e * 4096, blocks, 64) for e in (0, 1))
+  other = order.examples_in_blocks(1, 4096, np.arange(4096), blocks, 64)
+  for a, b in ((first, second), (first, other)):
+    assert (a == b).mean() < 0.01
+  assert abs(np.corrcoef(first, np.arange(4096))[0, 1]) < 0.1
+  assert (np.diff(first) == 1).mean() < 0.05
+
+
+# Mixtures.
+
+some_weights = st.lists(st.integers(1, 20), min_size=1, max_size=5).map(tuple)
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=seeds, weights=some_weights, period=st.integers(0, 1000))
+def test_every_period_of_a_mixture_has_exactly_its_weights(seed, weights, period):
+  total = sum(weights)
+  components, own = order.mixture(seed, weights, np.arange(period * total, (period + 1) * total))
+  assert np.bincount(components, minlength=len(weights)).tolist() == list(weights)
+  for component, weight in enumerate(weights):
+    # And its own stream goes on where the last period ended.
+    assert sorted(own[components == component].tolist()) == list(range(period * weight, (period + 1) * weight))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+  seed=seeds,
+  lengths=st.lists(st.integers(1, 60), min_size=2, max_size=3).map(tuple),
+  blocks=st.none() | some_blocks,
+  data=st.data(),
+)
+def test_each_component_goes_through_its_own_epochs(seed, lengths, blocks, data):
+  weights = data.draw(st.tuples(*(st.integers(1, 7) for _ in lengths)))
+  found = order.Order(seed, lengths, weights, blocks, batch=16)
+  components, indices = found.examples(np.arange(sum(weights) * 60))
+  for component, length in enumerate(lengths):
+    stream = indices[components == component]
+    assert len(stream) == 60 * weights[component]
+    # A period mixes the positions of a component, so its epochs are whole at the ends of periods.
+    counts = np.bincount(stream, minlength=length)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_a_component_is_ordered_by_itself_and_the_first_as_without_others():
+  one = order.Order(5, (100,), (1,))
+  several = order.Order(5, (100, 100, 70), (2, 1, 1))
+  components, indices = several.examples(np.arange(400))
+  _, own = order.mixture(5, (2, 1, 1), np.arange(400))
+  first = components == 0
+  np.testing.assert_array_equal(indices[first], one.examples(own[first])[1])
+  streams = [indices[components == c][np.argsort(own[components == c])] for c in range(2)]
+  assert (streams[0][:100] == streams[1][:100]).mean() < 0.1
+  assert several.substitute(0, 3, 1) == order.substitute(5, 100, 3, 1)
+  assert {several.substitute(2, i, 1) for i in range(500)} == set(range(70))
+
+
+@pytest.mark.parametrize(
+  ("weights", "whole"),
+  [((0.7, 0.3), (7, 3)), ((1.0, 2.0, 1.0), (1, 2, 1)), ((0.1, 0.05), (2, 1)), ((3.0,), (1,)), ((1e-3, 0.999), (1, 999))],
+)
+def test_weights_are_the_decimal_numbers_that_were_written(weights, whole):
+  assert order.whole_weights(weights) == whole
+
+
+def test_tables_and_formula_are_one_permutation():
+  """Of two thousand million records the round functions are tables; over many epochs they are computed."""
+  positions = np.array([0, 1, HUGE - 1, HUGE, 5 * HUGE + 3])
+  apart = np.concatenate([order.examples(3, HUGE, positions[i : i + 1]) for i in range(5)])
+  assert order.examples(3, HUGE, positions).tolist() == apart.tolist()

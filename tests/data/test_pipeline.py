@@ -24,9 +24,11 @@ from PIL import Image
 
 from clip_jax import config as configs
 from clip_jax.data import order, pipeline, sources
+from clip_jax.data.dataset import Dataset
 from clip_jax.data.pipeline import BadRecords, evaluation_pixels, train_batches
 from clip_jax.data.sources import Record
-from clip_jax.errors import DataError
+from clip_jax.data.sources.protocol import RandomAccess
+from clip_jax.errors import DataError, StorageError
 from tests.conftest import tiny
 
 EVERYTHING = dict(
@@ -34,7 +36,7 @@ EVERYTHING = dict(
 )
 
 
-class Painted:
+class Painted(RandomAccess):
   """Records of one plain colour each, which no crop changes; those in `bad` do not decode."""
 
   def __init__(self, length, *, bad=(), refused=(), textured=False, captions=1, delay=0.0):
@@ -42,16 +44,20 @@ class Painted:
     self.textured, self.captions, self.delay = textured, captions, delay
     self.reads = collections.Counter()
     self._lock = threading.Lock()
+    self.fingerprint = "painted"
 
   def __len__(self):
     return self.length
 
-  def __getitem__(self, index):
+  def fetch(self, indices):
+    return [self._record(index) for index in indices]
+
+  def _record(self, index):
     with self._lock:
       self.reads[index] += 1
     time.sleep(self.delay)
     if index in self.refused:
-      raise DataError(f"{self.key(index)}: its .json holds neither.")
+      return DataError(f"{self.key(index)}: its .json holds neither.")
     captions = [f"record {index} caption {i}" for i in range(self.captions)]
     return Record(self.encoded(index), captions, self.key(index))
 
@@ -76,7 +82,7 @@ def run_config(steps, batch=16, **data):
 
 def load(source, config, *, rows=None, start=0, bad_records=None):
   rows = np.arange(config.train.global_batch_size) if rows is None else rows
-  return list(train_batches(source, config, rows=rows, start=start, bad_records=bad_records))
+  return list(train_batches(Dataset({"": source}, config), config, rows=rows, start=start, bad_records=bad_records))
 
 
 def indices(batches):
@@ -213,7 +219,7 @@ def test_threads_and_prefetch_change_nothing(threads, prefetch):
 def test_prefetch_bounds_what_is_loaded_ahead(prefetch):
   source = Painted(1000)
   config = run_config(12, 64, threads=4, prefetch=prefetch)
-  batches = train_batches(source, config, rows=np.arange(64), start=0)
+  batches = train_batches(Dataset({"": source}, config), config, rows=np.arange(64), start=0)
   for taken in range(1, 6):
     next(batches)
     deadline = time.monotonic() + 30
@@ -233,17 +239,15 @@ def test_who_stops_early_does_not_wait_for_what_is_queued(why):
   """
 
   class Slow(Painted):
-    def __getitem__(self, index):
-      record = super().__getitem__(index)
+    def _record(self, index):
       if why == "error" and index == unlucky:
-        raise PermissionError("the disk is gone")
-      return record
+        raise StorageError("the disk is gone")
+      return super()._record(index)
 
   unlucky = int(order.examples(0, 1000, 100))  # in the second batch
   source = Slow(1000, delay=0.005)
-  batches = train_batches(
-    source, run_config(50, 64, threads=2, prefetch=10), rows=np.arange(64), start=0
-  )
+  config = run_config(50, 64, threads=2, prefetch=10)
+  batches = train_batches(Dataset({"": source}, config), config, rows=np.arange(64), start=0)
   next(batches)
   if why == "dropped":
     del batches
@@ -251,7 +255,7 @@ def test_who_stops_early_does_not_wait_for_what_is_queued(why):
   elif why == "closed":
     batches.close()
   else:
-    with pytest.raises(PermissionError) as caught:
+    with pytest.raises(StorageError) as caught:
       list(batches)
     assert caught.tb is not None
   at_stop = source.reads.total()
@@ -262,7 +266,8 @@ def test_who_stops_early_does_not_wait_for_what_is_queued(why):
 
 def test_nothing_is_loaded_before_it_is_asked_for():
   source = Painted(10)
-  batches = train_batches(source, run_config(4), rows=np.arange(16), start=0)
+  config = run_config(4)
+  batches = train_batches(Dataset({"": source}, config), config, rows=np.arange(16), start=0)
   assert source.reads.total() == 0
   next(batches)
   assert source.reads.total() > 0
@@ -364,7 +369,7 @@ def test_what_a_killed_run_was_writing_spoils_nothing(tmp_path, left):
   for _ in range(3):  # opened again and again: no line may be glued to another
     counter = BadRecords(path, 1.0)
     for index in (3, 8, 9):
-      counter.report(index, f"painted/{index}", ValueError("ünreadable"), index + 1)
+      counter.report({"index": index}, f"painted/{index}", ValueError("ünreadable"), index + 1)
   lines = path.read_text(encoding="utf-8").splitlines()
   assert lines[1] == left
   whole = [json.loads(line) for line in lines[:1] + lines[2:]]
@@ -381,7 +386,7 @@ def test_bad_records_from_many_threads(tmp_path):
     start.wait()
     for index in range(100):
       counter.count(2)
-      counter.report(index, "key " * 50, ValueError("bad"), 0)
+      counter.report({"index": index}, "key " * 50, ValueError("bad"), 0)
 
   threads = [threading.Thread(target=work) for _ in range(8)]
   for thread in threads:
@@ -399,15 +404,15 @@ def test_the_share_is_judged_once_it_means_something():
   early = BadRecords(None, 0.1)
   early.count(199)
   for index in range(199):
-    early.report(index, "key", "error", 0)
+    early.report({"index": index}, "key", "error", 0)
   assert early.bad == 199
 
   counter = BadRecords(None, 0.1)
   counter.count(200)
   for index in range(20):
-    counter.report(index, "key", "error", 0)
+    counter.report({"index": index}, "key", "error", 0)
   with pytest.raises(DataError, match="21 of 200 records could not be read"):
-    counter.report(20, "key", "error", 0)
+    counter.report({"index": 20}, "key", "error", 0)
 
 
 @pytest.mark.parametrize("threads", [1, 8])
@@ -417,7 +422,7 @@ def test_too_many_bad_records_stop_the_run(tmp_path, threads, listed):
   config = run_config(40, 32, threads=threads, max_bad_share=0.05)
   source = Painted(1000, bad=range(0, 1000, 10))
   batches = train_batches(
-    source, config, rows=np.arange(32), start=0, bad_records=BadRecords(path, 0.05)
+    Dataset({"": source}, config), config, rows=np.arange(32), start=0, bad_records=BadRecords(path, 0.05)
   )
   with pytest.raises(DataError) as caught:
     for _ in batches:
@@ -454,7 +459,7 @@ def test_the_default_counts_by_the_config():
 
 def test_an_error_that_is_no_bad_record_arrives_as_it_is():
   class Broken(Painted):
-    def __getitem__(self, index):
+    def fetch(self, indices):
       raise PermissionError("the disk is gone")
 
   with pytest.raises(PermissionError, match="the disk is gone"):
@@ -531,14 +536,13 @@ def test_batches_are_loaded_without_jax(tmp_path):
     sys.meta_path.insert(0, NoJax())
     import numpy as np
     from clip_jax import config
-    from clip_jax.data import emoji, pipeline, sources
-    source = sources.create("tar", sys.argv[1])
+    from clip_jax.data import dataset, emoji, pipeline
     run = config.resolve({
       "model": {"name": "ViT-B-32"},
-      "data": {"threads": 2},
+      "data": {"threads": 2, "path": sys.argv[1]},
       "train": {"global_batch_size": 4, "steps": 2},
     })
-    batches = pipeline.train_batches(source, run, rows=np.arange(4), start=0)
+    batches = pipeline.train_batches(dataset.create(run), run, rows=np.arange(4), start=0)
     shapes = [batch["images"].shape for batch in batches]
     print(shapes == [(4, 224, 224, 3)] * 2, "jax" in sys.modules)
     print(sorted(name for name in NoJax.asked if name.startswith("clip_jax")))

@@ -1,6 +1,14 @@
 """What every source of records promises."""
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
+
+from clip_jax.data.storage import Storage
+from clip_jax.errors import DataError
+
+# Far over what any text tower reads; what is longer is a web page in the wrong place.
+MAX_CAPTION = 1 << 16  # bytes
 
 
 class Record(NamedTuple):
@@ -10,10 +18,33 @@ class Record(NamedTuple):
   captions: list[str]
   key: str  # names the record in messages: shard and member
   label: int | None = None  # of labelled evaluation sets
+  weights: tuple[float, ...] | None = None  # of the captions, where the options give some
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What a source is told beside its path.
+
+  Attributes:
+    captions: (name, weight) of the captions to read: members, JSON keys, columns or features. What a format
+      calls a caption by itself, if there are none.
+    image: name of the column or feature with the image; found by itself if empty.
+    allow_truncated: use the whole records of a tar shard that is cut off.
+    storage: what reads bytes.
+    log: called with lines of progress; they go to standard error if it is not given.
+  """
+
+  captions: tuple[tuple[str, float], ...] = ()
+  image: str = ""
+  allow_truncated: bool = False
+  storage: Storage = dataclasses.field(default_factory=Storage, compare=False)
+  log: object = dataclasses.field(default=None, compare=False)
 
 
 class Source(Protocol):
   """A data set with random access. Safe to read from many threads."""
+
+  fingerprint: str  # another one when the records, or what is read of them, are others
 
   def __len__(self) -> int:
     """Number of records."""
@@ -21,5 +52,65 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Record:
     """The record at an index; raises DataError where it cannot be read."""
 
+  def fetch(self, indices: Sequence[int]) -> list[Record | DataError]:
+    """The records at some indices, read together; in the place of one that cannot be read, why."""
+
   def key(self, index: int) -> str:
     """What names the record in messages, also where it cannot be read."""
+
+
+class RandomAccess:
+  """The methods of a `Source` that follow from `fetch` and `__len__`."""
+
+  def __getitem__(self, index):
+    """The record at an index.
+
+    Raises:
+      DataError: it cannot be read.
+      IndexError: there is none.
+    """
+    (record,) = self.fetch([index])
+    if isinstance(record, DataError):
+      raise record
+    return record
+
+  def check_index(self, index):
+    """Raises IndexError unless there is a record at an index."""
+    if not 0 <= index < len(self):
+      raise IndexError(f"record {index:,} of {len(self):,}")
+
+
+def captions_of(
+  fields: Mapping[str, object], wanted: Sequence[tuple[str, float]], usual: Sequence[str], key: str
+) -> tuple[list[str], tuple[float, ...] | None]:
+  """The captions among a record's fields, and their weights.
+
+  Args:
+    fields: texts, or lists of texts, by name; None, empty and blank ones count as missing.
+    wanted: (name, weight) of those to take; a list shares its weight evenly.
+    usual: without them, the names to look for; the first that is there is taken.
+    key: names the record in messages.
+
+  Returns:
+    The captions, and a weight for each if some are wanted.
+
+  Raises:
+    DataError: there is none, one is no text, or one is longer than `MAX_CAPTION` bytes.
+  """
+  captions, weights = [], []
+  for name, weight in wanted or [(name, 1.0) for name in usual]:
+    texts = fields.get(name)
+    texts = [texts] if isinstance(texts, str) or texts is None else texts
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str | None) for text in texts):
+      raise DataError(f"{key}: {name!r} is neither a text nor a list of texts.")
+    texts = [text for text in texts if text and not text.isspace()]
+    captions += texts
+    weights += [weight / len(texts) for _ in texts]
+    if captions and not wanted:
+      break
+  if not captions or (wanted and not any(weights)):
+    raise DataError(f"{key}: none of {', '.join(name for name, _ in wanted) or ', '.join(usual)} holds a caption.")
+  longest = max(len(caption.encode("utf-8", "replace")) for caption in captions)
+  if longest > MAX_CAPTION:
+    raise DataError(f"{key}: a caption of {longest:,} bytes; {MAX_CAPTION:,} is the most.")
+  return captions, tuple(weights) if wanted else None
