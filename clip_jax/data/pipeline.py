@@ -226,6 +226,8 @@ class Loader:
       try:
         if isinstance(record, DataError):
           raise record
+        if not record.captions:
+          raise DataError(f"{record.key}: it has a class but no caption.")
         self._timed("image", self._image, record, random, pixels)
         return self._choose(record, random)
       except (DataError, images.DecodeError) as error:

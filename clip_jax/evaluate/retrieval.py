@@ -10,6 +10,7 @@ from PIL import Image
 
 from clip_jax.data import images
 from clip_jax.data.pipeline import evaluation_pixels, tokenizer_for
+from clip_jax.errors import DataError
 from clip_jax.evaluate import nearest_image
 from clip_jax.evaluate.search import nearest
 
@@ -28,11 +29,17 @@ class Retrieval:
       source: a `Source`.
       config: `clip_jax.config.Retrieval`.
       encoder: an `Encoder`.
-      training: the `Source` that is trained on, for the yardstick.
+      training: the `Dataset` that is trained on, for the yardstick.
+
+    Raises:
+      DataError: a record has no caption.
     """
     self.name, self.source, self._config, self._encoder = name, source, config, encoder
     self._training = training
-    captions = [source[i].captions for i in range(len(source))]
+    captions = [record.captions for record in source]
+    without = next((i for i, found in enumerate(captions) if not found), None)
+    if without is not None:
+      raise DataError(f"{source.key(without)}: no caption; of a set for retrieval every image needs one.")
     if config.first_caption:
       captions = [c[:1] for c in captions]
     self.captions = [caption for c in captions for caption in c]

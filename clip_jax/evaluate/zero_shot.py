@@ -24,8 +24,7 @@ class ZeroShot:
     self.name, self._source, self._config, self._encoder = name, source, config, encoder
     self._tokenizer = tokenizer_for(encoder.model)
     labels = []
-    for i in range(len(source)):
-      record = source[i]
+    for record in source:
       if record.label is None or not 0 <= record.label < len(config.classes):
         raise DataError(
           f"{record.key}: its label is {record.label}; config.eval.zero_shot.{name} has "

@@ -25,7 +25,7 @@ def labelled(path, labels):
   return write_shard(
     path,
     [
-      {"png": png(picture), "txt": b"", **({} if label is None else {"cls": str(label).encode()})}
+      {"png": png(picture), "txt": b"a picture", **({} if label is None else {"cls": str(label).encode()})}
       for picture, label in zip(pictures(len(labels), seed=5), labels, strict=True)
     ],
   )

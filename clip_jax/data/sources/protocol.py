@@ -1,7 +1,7 @@
 """What every source of records promises."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from clip_jax.data.storage import Storage
@@ -9,13 +9,14 @@ from clip_jax.errors import DataError
 
 # Far over what any text tower reads; what is longer is a web page in the wrong place.
 MAX_CAPTION = 1 << 16  # bytes
+TOGETHER = 256  # records that are read at a time by who goes through all of them
 
 
 class Record(NamedTuple):
   """One image with its captions, as it is stored."""
 
   image: bytes  # encoded
-  captions: list[str]
+  captions: list[str]  # empty only where there is a label
   key: str  # names the record in messages: shard and member
   label: int | None = None  # of labelled evaluation sets
   weights: tuple[float, ...] | None = None  # of the captions, where the options give some
@@ -52,6 +53,9 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Record:
     """The record at an index; raises DataError where it cannot be read."""
 
+  def __iter__(self) -> Iterator[Record]:
+    """All records in order; raises DataError at one that cannot be read."""
+
   def fetch(self, indices: Sequence[int]) -> list[Record | DataError]:
     """The records at some indices, read together; in the place of one that cannot be read, why."""
 
@@ -74,6 +78,14 @@ class RandomAccess:
       raise record
     return record
 
+  def __iter__(self):
+    """The records in order, read some hundred at a time; raises DataError at one that cannot be read."""
+    for start in range(0, len(self), TOGETHER):
+      for record in self.fetch(range(start, min(start + TOGETHER, len(self)))):
+        if isinstance(record, DataError):
+          raise record
+        yield record
+
   def check_index(self, index):
     """Raises IndexError unless there is a record at an index."""
     if not 0 <= index < len(self):
@@ -81,7 +93,11 @@ class RandomAccess:
 
 
 def captions_of(
-  fields: Mapping[str, object], wanted: Sequence[tuple[str, float]], usual: Sequence[str], key: str
+  fields: Mapping[str, object],
+  wanted: Sequence[tuple[str, float]],
+  usual: Sequence[str],
+  key: str,
+  label: int | None = None,
 ) -> tuple[list[str], tuple[float, ...] | None]:
   """The captions among a record's fields, and their weights.
 
@@ -90,6 +106,7 @@ def captions_of(
     wanted: (name, weight) of those to take; a list shares its weight evenly.
     usual: without them, the names to look for; the first that is there is taken.
     key: names the record in messages.
+    label: its class number; a labelled record needs no caption.
 
   Returns:
     The captions, and a weight for each if some are wanted.
@@ -108,7 +125,9 @@ def captions_of(
     weights += [weight / len(texts) for _ in texts]
     if captions and not wanted:
       break
-  if not captions or (wanted and not any(weights)):
+  if not captions and label is not None:
+    return [], None
+  if not captions:
     raise DataError(f"{key}: none of {', '.join(name for name, _ in wanted) or ', '.join(usual)} holds a caption.")
   longest = max(len(caption.encode("utf-8", "replace")) for caption in captions)
   if longest > MAX_CAPTION:

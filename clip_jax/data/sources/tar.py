@@ -38,8 +38,8 @@ class TarSource(RandomAccess):
     self.fingerprint = f"tar {self.index.key} {options.captions}"
     if not len(self):
       raise DataError(
-        f"{pattern}: no record has both an image ({', '.join(IMAGES)}) and a caption ({', '.join(CAPTIONS)}), "
-        "one directly after the other."
+        f"{pattern}: no record has both an image ({', '.join(IMAGES)}) and a caption ({', '.join(CAPTIONS)}) or "
+        "class (cls), one directly after the other."
       )
 
   def __len__(self):
@@ -127,20 +127,20 @@ class TarSource(RandomAccess):
       return raw[member.data : member.data + member.size]
 
     fields = {kind: content(parts[kind]).decode("utf-8", "replace") for kind in parts if is_caption(kind)}
-    captions, weights = self._captions(fields, key)
     label = _label(content(parts["cls"]), key) if "cls" in parts else None
+    captions, weights = self._captions(fields, key, label)
     return Record(content(image), captions, key, label, weights)
 
-  def _captions(self, fields, key):
+  def _captions(self, fields, key, label):
     wanted = self._options.captions
     if not wanted and "txt" in fields:
-      return captions_of(fields, wanted, ("txt",), key)
+      return captions_of(fields, wanted, ("txt",), key, label)
     # By the name of a member, or by a key of a .json among them.
     for kind in [kind for kind in fields if kind.endswith("json")]:
       fields |= {name: value for name, value in _json(fields[kind], key).items() if name not in fields}
-    if not wanted and not (fields.get("captions") or fields.get("caption")):
+    if not wanted and label is None and not (fields.get("captions") or fields.get("caption")):
       raise DataError(f"{key}: its .json holds neither 'caption' nor 'captions'.")
-    return captions_of(fields, wanted, ("captions", "caption"), key)
+    return captions_of(fields, wanted, ("captions", "caption"), key, label)
 
 
 def shards(pattern, storage):

@@ -26,6 +26,7 @@ SUFFIX = ".index.npz"
 MAGIC = b"clip_jax index 2"
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
+LABEL = "cls"
 
 MOST = np.iinfo(np.uint16).max
 # Numbers of pixels and characters are cut to what fits; 0 is "not known". A record of `MOST` blocks may be longer.
@@ -121,8 +122,8 @@ def scan(storage, path):
     path: a tar file.
 
   Returns:
-    `ROW` [records], and a sentence on where the shard is cut off or None. Records without an image or a caption
-    are not in it, and neither is the record that the cut goes through.
+    `ROW` [records], and a sentence on where the shard is cut off or None. Records without an image, or
+    without caption and class, are not in it, and neither is the record that the cut goes through.
 
   Raises:
     DataError: not a tar archive.
@@ -176,18 +177,18 @@ class _Run:
         self._pixels = order, _pixels(member, window)
     elif is_caption(kind):
       self._characters[kind] = _characters(member, window)
-    elif kind != "cls":
+    elif kind != LABEL:
       return
     self._wanted.append(member)
 
   def row(self):
-    if self._pixels is None or not self._characters:
+    if self._pixels is None or not (self._characters or LABEL in self.kinds):
       return None
     begin, end = self._wanted[0].begin, self._wanted[-1].end
     if begin // BLOCK > np.iinfo(np.uint32).max:
       return None  # past 2 TiB
     first = next((self._characters[kind] for kind in CAPTIONS if kind in self._characters), None)
-    characters = max(self._characters.values()) if first is None else first
+    characters = max(self._characters.values(), default=0) if first is None else first
     sizes = (min(number, MOST) for number in (*self._pixels[1], characters))
     return begin // BLOCK, min((end - begin) // BLOCK, MOST), *sizes
 

@@ -254,6 +254,13 @@ def test_members_that_are_no_record_are_passed_over(tmp_path):
   assert images_and_captions(records_of(tmp_path / "a.tar")) == [stored(0), stored(1)]
 
 
+def test_a_labelled_record_needs_no_caption(tmp_path):
+  members = [("0.jpg", b"i"), ("0.cls", b"3"), ("1.jpg", b"j"), ("1.txt", b" "), ("1.cls", b"4"), ("2.jpg", b"k")]
+  write(tmp_path / "a.tar", members)
+  found = records_of(tmp_path / "a.tar")
+  assert [(r.image, r.captions, r.label) for r in found] == [(b"i", [], 3), (b"j", [], 4)]
+
+
 def test_labels(tmp_path):
   members = [m for i in (0, 12, 999) for m in record(f"{i}", i, ("jpg", "txt", "cls"))]
   write(tmp_path / "a.tar", [*members, ("x.jpg", b""), ("x.txt", b"x"), ("x.cls", b" 5\n")])
@@ -420,7 +427,7 @@ def test_no_record_at_all(tmp_path):
   write(tmp_path / "a.tar", [("0.jpg", b"image only"), ("1.txt", b"caption only")])
   write(tmp_path / "b.tar", [])
   for name in ("a", "b", "*"):
-    with pytest.raises(DataError, match="no record has both an image .* and a caption") as caught:
+    with pytest.raises(DataError, match="no record has both an image .* and a caption .* or class") as caught:
       TarSource(f"{tmp_path}/{name}.tar")
     assert f"{tmp_path}/{name}.tar" in str(caught.value)
 
