@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from clip_jax import config as configs
 from clip_jax.convert.sources import find as find_weights
 from clip_jax.data import dataset, pipeline, sources
+from clip_jax.data.storage import redact
 from clip_jax.errors import ConfigError, DataError, UsageError
 from clip_jax.evaluate.encode import Encoder
 from clip_jax.evaluate.retrieval import Retrieval
@@ -122,7 +123,13 @@ def describe_run(workdir, config, described):
 
 
 def _as_json(config):
-  return json.loads(json.dumps(configs.to_dict(config)))
+  # What signs a request stands in no file: the work directory is shared, and its report sent around.
+  def shown(value):
+    if isinstance(value, dict):
+      return {key: shown(item) for key, item in value.items()}
+    return [shown(item) for item in value] if isinstance(value, list) else redact(value) if isinstance(value, str) else value
+
+  return shown(json.loads(json.dumps(configs.to_dict(config))))
 
 
 def differences(old, new, prefix=""):

@@ -254,6 +254,68 @@ def test_two_processes_train_like_one_and_stop_together(start, undisturbed, tmp_
 
 
 @pytest.mark.slow
+def test_on_two_then_three_then_one_process_the_examples_are_those_of_an_undisturbed_run(tmp_path):
+  """A mixture of two sets, one with records that cannot be read: every example in its place, and the same substitutes."""
+  for name in ("a", "b"):
+    write_colors(tmp_path / f"{name}.tar", copies=4)
+  damage(tmp_path / "b.tar", every=11)
+  mixture = f"(('{tmp_path}/a.tar', 0.75), ('{tmp_path}/b.tar', 0.25))"
+  overrides = ["--config.train.global_batch_size=12", "--config.train.steps=30", f"--config.data.mixture={mixture}"]
+  overrides += ["--config.data.order=blocks", "--config.data.block=4", "--config.data.window=2", "--config.data.lanes=6"]
+  overrides += ["--config.checkpoint.every=4", "--config.eval.batch_size=12", "--config.data.max_bad_share=1.0"]
+
+  def start(workdir, processes, steps):
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
+    command = [sys.executable, "-m", "tests.end_to_end.observed_main", f"--config={RECIPE}", f"--workdir={workdir}", *overrides]
+    started = []
+    for i in range(processes):
+      log = {"EXAMPLES_LOG": str(tmp_path / f"{workdir.name}-{processes}-{i}.jsonl")}
+      variables = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "CLIP_JAX_CACHE": str(tmp_path)}
+      variables |= {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), **shared, **log}
+      variables |= {"JAX_PROCESS_ID": str(i)} if shared else {}
+      started.append(subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    if steps:
+      wait_for_step(started[0], workdir, steps)
+      for process in started:
+        process.send_signal(signal.SIGTERM)
+    for process in started:
+      finish(process, code=75 if steps else 0)
+    return training_lines(workdir)[-1]["step"]
+
+  def examples(workdir, processes, first, last):
+    lines = {}
+    for i in range(processes):
+      for line in (tmp_path / f"{workdir.name}-{processes}-{i}.jsonl").read_text().splitlines():
+        position, *what = json.loads(line)
+        assert lines.setdefault(position, what) == what
+    return [lines[position] for position in range(12 * first, 12 * last)]
+
+  start(tmp_path / "whole", 1, None)
+  want = examples(tmp_path / "whole", 1, 0, 30)
+  workdir, first, consumed = tmp_path / "moved", 0, []
+  for processes, steps in ((2, 6), (3, 14), (1, None)):
+    last = start(workdir, processes, steps)
+    consumed += examples(workdir, processes, first, last)
+    first = last
+  assert first == 30 and consumed == want
+  listed = [json.loads(line) for line in (workdir / "bad_records.jsonl").read_text().splitlines()]
+  assert len({line["index"] for line in listed}) == 3 and {line["source"] for line in listed} == {f"{tmp_path}/b.tar"}
+
+
+def damage(path, every):
+  """Writes a text over some of the images of a shard."""
+  with tarfile.open(path) as tar:
+    places = [(m.offset_data, m.size) for m in tar if m.name.endswith(".png")]
+  with open(path, "r+b") as file:
+    for offset, size in places[5::every]:
+      file.seek(offset)
+      file.write(b"not an image"[:size])
+
+
+@pytest.mark.slow
 def test_a_real_vit_b_16_trains_from_an_img2dataset_folder(tmp_path):
   random = np.random.default_rng(0)
   folder = tmp_path / "shards"

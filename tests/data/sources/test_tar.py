@@ -139,7 +139,7 @@ def test_members_far_from_each_other_are_no_record(tmp_path):
   """`tar cf x.tar *.jpg *.txt` sorts them by kind; webdataset cannot read that either."""
   members = [m for kind in ("jpg", "txt") for i in range(4) for m in record(f"{i}", i, [kind])]
   write(tmp_path / "a.tar", members)
-  with pytest.raises(DataError, match="no record has both .* one directly after the other"):
+  with pytest.raises(DataError, match=r"none of the first 4 records can be read; .*0.jpg: no caption \(txt, json\) follows"):
     records_of(tmp_path / "a.tar")
 
 
@@ -251,11 +251,13 @@ def test_members_that_are_no_record_are_passed_over(tmp_path):
     ("no_extension", b"?"),
   ]
   write(tmp_path / "a.tar", members)
-  assert images_and_captions(records_of(tmp_path / "a.tar")) == [stored(0), stored(1)]
+  first, no_caption, second = TarSource(str(tmp_path / "a.tar")).fetch(range(3))
+  assert images_and_captions([first, second]) == [stored(0), stored(1)]
+  assert str(no_caption) == "a.tar/no_caption.jpg: no caption (txt, json) follows or precedes it."
 
 
 def test_a_labelled_record_needs_no_caption(tmp_path):
-  members = [("0.jpg", b"i"), ("0.cls", b"3"), ("1.jpg", b"j"), ("1.txt", b" "), ("1.cls", b"4"), ("2.jpg", b"k")]
+  members = [("0.jpg", b"i"), ("0.cls", b"3"), ("1.jpg", b"j"), ("1.txt", b" "), ("1.cls", b"4")]
   write(tmp_path / "a.tar", members)
   found = records_of(tmp_path / "a.tar")
   assert [(r.image, r.captions, r.label) for r in found] == [(b"i", [], 3), (b"j", [], 4)]
@@ -424,10 +426,10 @@ def test_create_needs_a_path(tmp_path):
 
 
 def test_no_record_at_all(tmp_path):
-  write(tmp_path / "a.tar", [("0.jpg", b"image only"), ("1.txt", b"caption only")])
+  write(tmp_path / "a.tar", [("1.txt", b"caption only")])
   write(tmp_path / "b.tar", [])
   for name in ("a", "b", "*"):
-    with pytest.raises(DataError, match="no record has both an image .* and a caption .* or class") as caught:
+    with pytest.raises(DataError, match="no record has an image") as caught:
       TarSource(f"{tmp_path}/{name}.tar")
     assert f"{tmp_path}/{name}.tar" in str(caught.value)
 
@@ -810,7 +812,7 @@ def test_a_cut_between_the_members_of_the_first_record(tmp_path):
   """It has an image and, in its .json, a caption; but its .txt would have come first."""
   extents = write(tmp_path / "a.tar", record("0", 0, ("jpg", "json", "txt")))
   os.truncate(tmp_path / "a.tar", -(-extents[1] // 512) * 512)
-  with pytest.raises(DataError, match="no record has both"):
+  with pytest.raises(DataError, match="no record has an image"):
     TarSource(str(tmp_path / "a.tar"), Options(allow_truncated=True))
 
 
