@@ -20,7 +20,10 @@ import numpy as np
 _ROUNDS = tuple(np.uint64(0x9E3779B97F4A7C15 * i % 2**64) for i in range(1, 9))
 # A round function that is written down for an epoch is much faster than one that is computed for each
 # position, and gives the same. Not where a batch spans many short epochs, or the tables get large.
-_FEW_EPOCHS, _TABLE_BITS = 4, 20
+_FEW_EPOCHS, _TABLE_BITS, _SMALL_BITS = 4, 20, 12
+_TOGETHER = 8192  # positions whose intermediate results stay in a core's own cache
+# Of a permutation inside a window, which is but the second step of a shuffle (four are Luby & Rackoff's number).
+_WINDOW_ROUNDS = 4
 _BLOCKS, _WINDOWS, _MIXTURE, _COMPONENT = (np.uint64(i << 56) for i in (0xB1, 0xB2, 0xB3, 0xB4))
 
 
@@ -128,21 +131,11 @@ def examples_in_blocks(seed, length, positions, blocks, stride):
   Returns:
     int64 array of the same shape with values in [0, length); each epoch is a permutation.
   """
-  shape = np.shape(positions)
-  epochs, places = np.divmod(np.asarray(positions, np.int64).reshape(-1), length)
-  places = _lanes(places, length, blocks.lanes, max(stride // blocks.lanes, 1))
-  span = blocks.block * blocks.window
-  windows, inside = np.divmod(places, span)
-  keys = _mix(_epoch_keys(np.uint64(seed) ^ _WINDOWS, epochs) ^ _mix(windows.astype(np.uint64)))
-  last = length // span  # the last window may be shorter
-  for here, size in ((windows < last, span), (windows == last, length % span)):
-    if here.any():
-      inside[here] = _permute(inside[here], size, keys[here])
-  slots, rows = np.divmod(windows * span + inside, blocks.block)
-  whole = length // blocks.block  # what is left over stays at the end
-  here = slots < whole
-  slots[here] = _permuted(int(np.uint64(seed) ^ _BLOCKS), whole, epochs[here] * whole + slots[here])
-  return (slots * blocks.block + rows).reshape(shape)
+  if length < 1:
+    raise ValueError(f"a data set of {length} records has no order")
+  positions = np.asarray(positions, np.int64)
+  parts = np.split(positions.reshape(-1), range(_TOGETHER, positions.size, _TOGETHER))
+  return np.concatenate([_in_blocks(seed, length, part, blocks, stride) for part in parts]).reshape(positions.shape)
 
 
 def mixture(seed, weights, positions):
@@ -210,12 +203,30 @@ def substitute(seed, length, index, attempt):
   return int(key % np.uint64(length))
 
 
+def _in_blocks(seed, length, positions, blocks, stride):
+  epochs, places = np.divmod(positions, length)
+  places = _lanes(places, length, blocks.lanes, max(stride // blocks.lanes, 1))
+  span = blocks.block * blocks.window
+  windows, inside = np.divmod(places, span)
+  keys = _mix(_epoch_keys(np.uint64(seed) ^ _WINDOWS, epochs) ^ _mix(windows.astype(np.uint64)))
+  last = length // span  # the last window may be shorter
+  for here, size in ((windows < last, span), (windows == last, length % span)):
+    if here.any():
+      inside[here] = _permute(inside[here], size, keys[here], _WINDOW_ROUNDS)
+  slots, rows = np.divmod(windows * span + inside, blocks.block)
+  whole = length // blocks.block  # what is left over stays at the end
+  here = slots < whole
+  slots[here] = _permuted(int(np.uint64(seed) ^ _BLOCKS), whole, epochs[here] * whole + slots[here])
+  return slots * blocks.block + rows
+
+
 def _lanes(places, length, lanes, rows):
   # Row by row of a lane to one lane after the other; what does not fill all lanes stays at the end.
   share = length // (lanes * rows) * rows  # records of each lane
-  rounds, within = np.divmod(places, lanes * rows)
-  lane, row = np.divmod(within, rows)
-  return np.where(places < share * lanes, lane * share + rounds * rows + row, places)
+  groups = places // rows
+  rounds = groups // lanes
+  lane = groups - rounds * lanes
+  return np.where(places < share * lanes, lane * share + (rounds - groups) * rows + places, places)
 
 
 def _epoch_keys(seed, epochs):
@@ -270,20 +281,21 @@ def _permute_by_tables(values, length, tables):
   return result
 
 
-def _permute(values, length, keys):
+def _permute(values, length, keys, rounds=8):
   low_bits, high_bits = (np.uint64(bits) for bits in _half_bits(length))
   low_mask, high_mask = (np.uint64((1 << int(bits)) - 1) for bits in (low_bits, high_bits))
+  mixed = _small_mixed().take if high_bits <= _SMALL_BITS else _mix
   values, keys = np.broadcast_arrays(np.asarray(values).astype(np.uint64), keys)
   result = np.empty(values.shape, np.uint64)
   pending = np.ones(values.shape, bool)
   current = values.copy()
   while pending.any():
     high, low, key = current[pending] >> low_bits, current[pending] & low_mask, keys[pending]
-    for i, constant in enumerate(_ROUNDS):
+    for i, constant in enumerate(_ROUNDS[:rounds]):
       if i % 2:
-        high ^= _mix(key ^ constant ^ _mix(low)) & high_mask
+        high ^= _mix(key ^ constant ^ mixed(low)) & high_mask
       else:
-        low ^= _mix(key ^ constant ^ _mix(high)) & low_mask
+        low ^= _mix(key ^ constant ^ mixed(high)) & low_mask
     current[pending] = high << low_bits | low
     done = pending & (current < length)
     result[done] = current[done]
@@ -291,9 +303,19 @@ def _permute(values, length, keys):
   return result.astype(np.int64)
 
 
+@functools.cache
+def _small_mixed():
+  return _mix(np.arange(1 << _SMALL_BITS, dtype=np.uint64))
+
+
 def _mix(value):
   # The finaliser of SplitMix64 (Steele et al. 2014): every input bit reaches every output bit.
+  # In place, for most of the time would go into new arrays.
   with np.errstate(over="ignore"):
-    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return value ^ value >> np.uint64(31)
+    first = value >> np.uint64(30)
+    first ^= value
+    first *= np.uint64(0xBF58476D1CE4E5B9)
+    second = first >> np.uint64(27)
+    second ^= first
+    second *= np.uint64(0x94D049BB133111EB)
+    return second ^ second >> np.uint64(31)

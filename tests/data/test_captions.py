@@ -1,12 +1,13 @@
-"""Caption clean-up equals OpenAI's recipe, with and without the short cut for plain ASCII."""
+"""Caption clean-up equals OpenAI's recipe, with and without the short cuts past `ftfy`."""
 
 import html
 import string
+import sys
 
 import ftfy
 import pytest
 import regex
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data import captions
@@ -73,12 +74,85 @@ def test_any_text_equals_the_published_recipe_and_encodes(text):
   cleaned.encode("utf-8")
 
 
-def test_ascii_skips_the_slow_calls(monkeypatch):
-  def refuse(text):
-    raise AssertionError(f"ftfy was called for {text!r}")
+# What ftfy looks for: letters that come of UTF-8 read as Latin-1, Windows-1252 or Mac Roman, what it writes
+# otherwise, marks that compose, half-width letters that do, and what stands next to them in captions.
+TROUBLE = (
+  "".join(map(chr, range(0x20, 0x180))) + "ÃÂâ€ðŸ" * 6 + "‘’“”–—…™ŒœŠšŽžƒˆ˜‰‹›•†‡√ÔËÏπ∂ﬁﬂĳŉǆｶﾞﾊﾟＡ１＆；！　ʼ"
+  "\u0301\u0308\u0323\u200d\u200b\xa0\ufeff\ufffc\ufffd\u212b\u1100\u1161東京キあんабвάלاक😀"
+)
+CLEAN = ["The café’s menu – “crème brûlée”", "Ein Straßenschild in Zürich", "東京タワーの夜景", "Красивая фотография", "ﬁne 🌅 ＡＢＣ"]
 
+
+@settings(max_examples=3_000, deadline=None)
+@given(st.text(st.sampled_from(TROUBLE), max_size=12))
+@example("Ã\ufffc©")
+@example("e\ufffc\u0301")
+@example("＆amp;")
+@example("Ã ﬁ")
+@example("Ɩ’")
+@example("ｶﾞ")
+def test_the_short_cut_past_ftfy_changes_nothing(text):
+  assert clean(text) == published_recipe(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(CLEAN), st.text(st.sampled_from(TROUBLE), max_size=4), st.integers(0, 12))
+def test_trouble_within_a_caption(caption, trouble, at):
+  text = caption[:at] + trouble + caption[at:]
+  assert clean(text) == published_recipe(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(CLEAN), st.sampled_from(["latin-1", "cp1252", "mac-roman", "cp437"]), st.integers(1, 2))
+def test_mojibake_is_repaired_as_ever(caption, encoding, times):
+  for _ in range(times):
+    caption = caption.encode("utf-8").decode(encoding, "replace")
+  assert clean(caption) == published_recipe(caption)
+
+
+def test_ftfy_looks_at_a_million_characters_at_a_time():
+  """What it takes for mojibake at the beginning of a text alone, it also does where it begins anew."""
+  text = "東" * 1_000_000 + "Ã la"
+  assert clean(text) == published_recipe(text) == "東" * 1_000_000 + "à la"
+
+
+class Called(Exception):
+  """ftfy was."""
+
+
+def refuse(text):
+  raise Called(text)
+
+
+def test_every_character_that_takes_the_short_cut(monkeypatch):
+  """One by one between letters: what is not sent to ftfy comes out as ftfy would have written it."""
+  fix_text, taken = ftfy.fix_text, 0
+  for code in range(sys.maxunicode + 1):
+    text = f"A{chr(code)}b"
+    monkeypatch.setattr(captions.ftfy, "fix_text", refuse)
+    try:
+      cleaned = clean(text)
+    except Called:
+      continue
+    finally:
+      monkeypatch.setattr(captions.ftfy, "fix_text", fix_text)
+    taken += 1
+    assert cleaned == published_recipe(text), ascii(text)
+  assert taken > 100_000
+
+
+@pytest.mark.parametrize("text", CLEAN)
+def test_what_has_nothing_to_repair_skips_ftfy(monkeypatch, text):
+  want = published_recipe(text)
+  monkeypatch.setattr(captions.ftfy, "fix_text", refuse)
+  assert clean(text) == want
+  with pytest.raises(Called):
+    clean(text.encode("utf-8").decode("latin-1"))
+
+
+def test_ascii_skips_the_slow_calls(monkeypatch):
   monkeypatch.setattr(captions.ftfy, "fix_text", refuse)
   plain = string.ascii_letters + string.digits + string.punctuation.replace("&", "")
   assert clean(plain) == plain.lower()
-  with pytest.raises(AssertionError, match="ftfy was called"):
+  with pytest.raises(Called):
     clean("rock & roll")

@@ -227,7 +227,7 @@ def test_a_block_cache_changes_nothing_but_the_reads(length, block, limit, data)
   wanted = data.draw(st.lists(st.lists(st.integers(0, length - 1), max_size=6), max_size=12))
   for indices in wanted:
     for index, record in zip(indices, found.fetch(indices), strict=True):
-      assert str(record) == "%d is refused" % index if index in (2, 7) else record.captions == [str(index)]
+      assert str(record) == f"{index} is refused" if index in (2, 7) else record.captions == [str(index)]
 
 
 def test_each_record_of_an_epoch_is_read_once():

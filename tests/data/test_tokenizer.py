@@ -519,6 +519,24 @@ def test_many_threads_load_once_and_agree(corpus):
   assert np.array_equal(np.concatenate(parts), want)
 
 
+@pytest.mark.parametrize("limit", [0, 1, 50])
+def test_what_is_remembered_never_shows(corpus, monkeypatch, limit):
+  """Ids of pieces are kept up to a limit, and then collected anew."""
+  texts = corpus[0][-3_000:]
+  want = ClipTokenizer()(texts)
+  monkeypatch.setattr(tokenizer_module, "KNOWN_LIMIT", limit)
+  for _ in range(2):
+    parts = [ClipTokenizer()(texts[i : i + 7]) for i in range(0, len(texts), 7)]
+    assert np.array_equal(np.concatenate(parts), want)
+
+
+def test_what_is_remembered_is_limited(monkeypatch):
+  monkeypatch.setattr(tokenizer_module, "KNOWN_LIMIT", 100)
+  for i in range(1_000):
+    ClipTokenizer()([f"{i}x{j}" for j in range(10)])
+    assert len(tokenizer_module._known) <= 100 + 10
+
+
 def test_travels_to_other_processes_small():
   tokenizer = ClipTokenizer(64)
   tokenizer("load the table")
