@@ -56,7 +56,7 @@ def get_config():
   config.data.max_caption = placeholder(int)
   config.data.order = "global"
   config.data.block = 128
-  config.data.window = 8
+  config.data.window = 16
   config.data.lanes = 64
   config.data.block_cache = 8.0
   config.data.seed = 0

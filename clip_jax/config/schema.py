@@ -87,7 +87,7 @@ class Data:
   max_caption: int | None = None
   order: str = "global"  # one permutation of all records; or "blocks": few large reads, for object stores
   block: int = 128  # neighbouring records that are read together
-  window: int = 8  # blocks whose records are shuffled together
+  window: int = 16  # blocks whose records are shuffled together
   lanes: int = 64  # windows that are open at the same time, each for its own rows of the batch
   block_cache: float = 8.0  # GiB of records that each process may keep until they are used
   seed: int = 0  # of the order and of the augmentation

@@ -39,7 +39,7 @@ class Blocks:
   """
 
   block: int = 128
-  window: int = 8
+  window: int = 16
   lanes: int = 64
 
 

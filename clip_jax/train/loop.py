@@ -32,7 +32,7 @@ from clip_jax.train.progress import Progress
 # What a run may change when it is resumed: none of these changes a number it computes.
 FREE_TO_CHANGE = (
   *("mesh", "eval", "checkpoint", "train.log_every"),
-  *("data.threads", "data.prefetch", "data.block_cache", "data.read_deadline"),
+  *("data.threads", "data.prefetch", "data.block_cache", "data.read_deadline", "data.source"),
   *("train.microbatches", "loss.method", "loss.chunk"),
 )
 

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.conftest import COMPILED, write_colors
+from tests.data import buckets
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "tests/end_to_end/recipe.py"
@@ -251,6 +252,30 @@ def test_two_processes_train_like_one_and_stop_together(start, undisturbed, tmp_
     # Running means of gradients: Adam makes whole updates of rounding where the true gradient is zero.
     if "'mu'" in name:
       np.testing.assert_allclose(got[name], value, atol=5e-3 * np.abs(value).max(), err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_bucket_that_stops_answering_stops_the_run_which_goes_on_as_from_a_disk(start, undisturbed, colors, tmp_path):
+  workdir = tmp_path / "run"
+  with buckets.s3("training") as bucket:
+    bucket.put("colors.tar", Path(colors).read_bytes())
+    bucket.misbehave(0.1)
+    account = {"AWS_ENDPOINT_URL": bucket.proxy.url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+
+    def from_bucket(deadline):
+      overrides = [f"--config.data.path={bucket.url}/colors.tar", f"--config.data.read_deadline={deadline}"]
+      return start(workdir, *overrides, environment=account)
+
+    process = from_bucket(8)
+    wait_for_step(process, workdir, 6)
+    bucket.proxy.hang = True
+    _, err = finish(process, code=1)
+    assert f"{bucket.url}/colors.tar has not been read within 8 seconds." in err
+    assert "The last checkpoint is whole; the same command goes on from it." in err and "Traceback" not in err
+    bucket.proxy.hang = False
+    finish(from_bucket(600))
+    assert sum(bucket.proxy.counts[fault] for fault in buckets.FAULTS)
+  assert_same_run(workdir, undisturbed)
 
 
 @pytest.mark.slow
