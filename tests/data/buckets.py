@@ -87,13 +87,33 @@ class Bucket:
   """A bucket in an emulator behind a proxy.
 
   Attributes:
+    root: what its URLs begin with, such as "s3://bucket".
     proxy: the `Proxy`.
-    url: what a pattern begins with, such as "s3://bucket".
+    environment: the variables that lead to it, in a process that shall read from it.
   """
 
-  def __init__(self, scheme, name, upstream, put):
-    self.url, self.put = f"{scheme}://{name}", put
+  def __init__(self, root, upstream, put):
+    self.root, self._put = root, put
     self.proxy = Proxy(upstream, 0.0)
+    account = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+    google = {"TENSORSTORE_GCS_HTTP_URL": self.proxy.url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "t"}
+    self.environment = google if root.startswith("gs") else account | {"AWS_ENDPOINT_URL": self.proxy.url}
+
+  def put(self, key, content):
+    """Stores an object; returns its URL."""
+    self._put(key, content)
+    return self.url(key)
+
+  def put_folder(self, folder, key):
+    """Stores the files of a local folder; returns the URL of its copy."""
+    for path in folder.rglob("*"):
+      if path.is_file():
+        self.put(f"{key}/{path.relative_to(folder)}", path.read_bytes())
+    return self.url(key)
+
+  def url(self, key):
+    """The URL of an object, or of what its key begins with."""
+    return f"{self.root}/{key}"
 
   def misbehave(self, share, seed=0):
     """From now on a share of the reads goes wrong."""
@@ -115,7 +135,7 @@ def s3(name):
   )
   client.create_bucket(Bucket=name)
   try:
-    yield Bucket("s3", name, (host, port), lambda key, content: client.put_object(Bucket=name, Key=key, Body=content))
+    yield Bucket(f"s3://{name}", (host, port), lambda key, content: client.put_object(Bucket=name, Key=key, Body=content))
   finally:
     server.stop()
 
@@ -139,6 +159,6 @@ def gs(name):
       assert response.status == 200, response.read()
 
   try:
-    yield Bucket("gs", name, ("127.0.0.1", port), put)
+    yield Bucket(f"gs://{name}", ("127.0.0.1", port), put)
   finally:
     server.stop()

@@ -30,12 +30,8 @@ def cache(tmp_path_factory, monkeypatch):
 def bucket(request):
   """An emulated bucket, and the environment that leads to it."""
   with pytest.MonkeyPatch.context() as patch, getattr(buckets, request.param)("pictures") as found:
-    patch.setenv("AWS_ENDPOINT_URL", found.proxy.url)
-    patch.setenv("AWS_ACCESS_KEY_ID", "a")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    patch.setenv("AWS_REGION", "us-east-1")
-    patch.setenv("TENSORSTORE_GCS_HTTP_URL", found.proxy.url)
-    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "t")
+    for name, value in found.environment.items():
+      patch.setenv(name, value)
     yield found
 
 
@@ -50,7 +46,7 @@ def calm(request):
 def test_what_is_put_is_read(bucket):
   content = bytes(range(256)) * 40
   bucket.put("a/b c-ü.bin", content)
-  path, found = f"{bucket.url}/a/b c-ü.bin", Storage()
+  path, found = f"{bucket.root}/a/b c-ü.bin", Storage()
   assert found.read(path) == content
   assert found.read(path, 300, 700) == content[300:700]
   assert found.read(path, 5, 5) == b""
@@ -65,11 +61,11 @@ def test_what_is_put_is_read(bucket):
 def test_what_is_not_there_is_said(bucket):
   bucket.put("short.bin", b"0123456789")
   found = Storage()
-  short, missing = found.read_many([(f"{bucket.url}/short.bin", 5, 11), (f"{bucket.url}/missing.bin", 0, 1)])
-  assert isinstance(short, DataError) and f"{bucket.url}/short.bin: ends before byte 11" in str(short)
-  assert isinstance(missing, DataError) and f"{bucket.url}/missing.bin: no such file" in str(missing)
+  short, missing = found.read_many([(f"{bucket.root}/short.bin", 5, 11), (f"{bucket.root}/missing.bin", 0, 1)])
+  assert isinstance(short, DataError) and f"{bucket.root}/short.bin: ends before byte 11" in str(short)
+  assert isinstance(missing, DataError) and f"{bucket.root}/missing.bin: no such file" in str(missing)
   with pytest.raises(DataError, match="no such file"):
-    found.read(f"{bucket.url}/missing.bin")
+    found.read(f"{bucket.root}/missing.bin")
 
 
 def test_a_glob_does_not_go_into_folders(bucket):
@@ -77,7 +73,7 @@ def test_a_glob_does_not_go_into_folders(bucket):
     bucket.put(name, b"x")
 
   def names(pattern):
-    return [path.removeprefix(f"{bucket.url}/") for path in Storage().expand(f"{bucket.url}/{pattern}")]
+    return [path.removeprefix(f"{bucket.root}/") for path in Storage().expand(f"{bucket.root}/{pattern}")]
 
   assert names("g/*.tar") == ["g/00000.tar", "g/00001.tar"]
   assert names("g/0000[1-9].*") == ["g/00001.json", "g/00001.tar"]
@@ -90,15 +86,15 @@ def test_a_glob_does_not_go_into_folders(bucket):
 
 def test_a_stamp_changes_with_the_object(bucket):
   bucket.put("stamped", b"one")
-  (first,) = Storage().stamps([f"{bucket.url}/stamped"])
-  assert Storage().stamps([f"{bucket.url}/stamped"]) == [first]
+  (first,) = Storage().stamps([f"{bucket.root}/stamped"])
+  assert Storage().stamps([f"{bucket.root}/stamped"]) == [first]
   bucket.put("stamped", b"two")
-  assert Storage().stamps([f"{bucket.url}/stamped"]) != [first]
+  assert Storage().stamps([f"{bucket.root}/stamped"]) != [first]
 
 
 def test_writing_into_a_bucket(bucket):
-  Storage().write(f"{bucket.url}/written/by us", b"content")
-  assert Storage().read(f"{bucket.url}/written/by us") == b"content"
+  Storage().write(f"{bucket.root}/written/by us", b"content")
+  assert Storage().read(f"{bucket.root}/written/by us") == b"content"
 
 
 def test_nothing_is_lost_or_doubled_when_a_third_of_the_requests_fails(bucket):
@@ -112,9 +108,9 @@ def test_nothing_is_lost_or_doubled_when_a_third_of_the_requests_fails(bucket):
     key = random.choice(list(contents))
     start, stop = sorted(random.integers(0, 3_000, 2).tolist())
     ranges.append((key, start, stop))
-  got = found.read_many([(f"{bucket.url}/{key}", start, stop) for key, start, stop in ranges])
+  got = found.read_many([(f"{bucket.root}/{key}", start, stop) for key, start, stop in ranges])
   assert got == [contents[key][start:stop] for key, start, stop in ranges]
-  one_by_one = [found.read(f"{bucket.url}/{key}", start, stop) for key, start, stop in ranges[:10]]
+  one_by_one = [found.read(f"{bucket.root}/{key}", start, stop) for key, start, stop in ranges[:10]]
   assert one_by_one == got[:10]
   assert all(bucket.proxy.counts[fault] for fault in buckets.FAULTS), bucket.proxy.counts
 
@@ -150,7 +146,7 @@ def test_training_from_a_bucket_with_faults_is_training_from_a_disk(bucket, tmp_
 
   want = batches(tmp_path)
   bucket.misbehave(0.2, seed=1)
-  got = batches(f"{bucket.url}/{how}")
+  got = batches(f"{bucket.root}/{how}")
   for a, b in zip(got, want, strict=True):
     np.testing.assert_array_equal(a["images"], b["images"])
     np.testing.assert_array_equal(a["tokens"], b["tokens"])
@@ -165,7 +161,7 @@ def test_blocks_are_few_reads(bucket):
   bucket.put("few/00000.tar", colours(256, 0))
   counts = {}
   for how in ("global", "blocks"):
-    data = dict(path=f"{bucket.url}/few/00000.tar", order=how, block=32, window=2, lanes=2, threads=2)
+    data = dict(path=f"{bucket.root}/few/00000.tar", order=how, block=32, window=2, lanes=2, threads=2)
     config = configs.resolve(tiny(train={"global_batch_size": 32, "steps": 8}, data=data))
     found = dataset.create(config)
     bucket.misbehave(0.0)
@@ -180,12 +176,12 @@ def test_the_index_of_a_bucket_is_kept_in_the_cache_and_beside_only_when_asked(b
   from clip_jax.data.sources.tar_index import Index
 
   bucket.put("indexed/0.tar", colours(40, 0))
-  path = f"{bucket.url}/indexed/0.tar"
+  path = f"{bucket.root}/indexed/0.tar"
   assert len(TarSource(path, Options())) == 40
-  assert Storage().expand(f"{bucket.url}/indexed/*") == [path]
+  assert Storage().expand(f"{bucket.root}/indexed/*") == [path]
   Index([path], rebuild=True, beside=True)
-  assert Storage().expand(f"{bucket.url}/indexed/*") == [path, f"{path}.index.npz"]
-  assert len(TarSource(f"{bucket.url}/indexed/*").paths) == 1
+  assert Storage().expand(f"{bucket.root}/indexed/*") == [path, f"{path}.index.npz"]
+  assert len(TarSource(f"{bucket.root}/indexed/*").paths) == 1
   bucket.put("indexed/0.tar", colours(41, 0))
   assert len(TarSource(path)) == 41
 
@@ -193,15 +189,15 @@ def test_the_index_of_a_bucket_is_kept_in_the_cache_and_beside_only_when_asked(b
 def test_a_store_that_hangs_is_named_when_the_deadline_is_over(bucket):
   bucket.put("hangs/0.bin", b"content")
   found = Storage(deadline=1.0)
-  assert found.read(f"{bucket.url}/hangs/0.bin") == b"content"
+  assert found.read(f"{bucket.root}/hangs/0.bin") == b"content"
   bucket.proxy.hang = True
-  with pytest.raises(StorageError, match=f"{bucket.url}/hangs/0.bin has not been read within 1 seconds"):
-    found.read(f"{bucket.url}/hangs/0.bin")
+  with pytest.raises(StorageError, match=f"{bucket.root}/hangs/0.bin has not been read within 1 seconds"):
+    found.read(f"{bucket.root}/hangs/0.bin")
 
 
 def test_what_may_not_be_read_is_wrong_usage_and_no_bad_record(bucket):
   bucket.put("secret/0.tar", colours(5, 0))
-  source = TarSource(f"{bucket.url}/secret/0.tar")
+  source = TarSource(f"{bucket.root}/secret/0.tar")
   bucket.proxy.forbid = True
   with pytest.raises(UsageError, match="secret/0.tar cannot be read: ") as caught:
     source.fetch([0])
@@ -217,7 +213,7 @@ def test_eight_threads_over_a_bucket(bucket):
     random = np.random.default_rng(seed)
     for _ in range(30):
       start, stop = sorted(random.integers(0, 20_000, 2).tolist())
-      if found.read(f"{bucket.url}/threads.bin", start, stop) != content[start:stop]:
+      if found.read(f"{bucket.root}/threads.bin", start, stop) != content[start:stop]:
         wrong.append((start, stop))
 
   threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]

@@ -151,6 +151,7 @@ class Features:
     self._images = (options.image,) if options.image else tuple(images)
     self._wanted, self._usual, self._labels = options.captions, tuple(captions), tuple(labels)
     self._captions = [name for name, _ in options.captions] or self._usual
+    self._more = options.extra
 
   def record(self, content, key):
     """The record in an example, or a `DataError`.
@@ -185,7 +186,8 @@ class Features:
     label = next((features[name].int64_list.value for name in self._labels if name in features), None)
     label = int(label[0]) if label else None
     captions, weights = captions_of(texts, self._wanted, self._usual, key, label)
-    return Record(features[image].bytes_list.value[0], captions, key, label, weights)
+    extra = {name: _extra(features[name]) for name in features if name != image} if self._more else None
+    return Record(features[image].bytes_list.value[0], captions, key, label, weights, extra)
 
 
 def example(image, captions, /, label=None, **more):
@@ -219,6 +221,11 @@ def example(image, captions, /, label=None, **more):
 def _values(feature):
   kind = feature.WhichOneof("kind")
   return getattr(feature, kind).value if kind else ()
+
+
+def _extra(feature):
+  values = list(map(_text, _values(feature)))
+  return values[0] if len(values) == 1 else values
 
 
 def _text(value):

@@ -178,7 +178,10 @@ class Columns:
     )
     self._wanted = options.captions
     nested = pa.types.is_struct(kinds[self._image])
+    needed = {self._image, self._label, *self._captions}
+    self._extra = [name for name in kinds if options.extra and name not in needed and not _is_image(kinds[name])]
     self.read = [f"{self._image}.bytes" if nested else self._image, *self._captions, *([self._label] if self._label else [])]
+    self.read += self._extra
 
   def record(self, table, row, key):
     """The record in a row, or a `DataError`.
@@ -198,7 +201,8 @@ class Columns:
       texts = {name: table[name][row].as_py() for name in self._captions}
       label = table[self._label][row].as_py() if self._label else None
       captions, weights = captions_of(texts, self._wanted, self._captions, key, label)
-      return Record(image, captions, key, label, weights)
+      extra = {name: table[name][row].as_py() for name in self._extra} if self._extra else None
+      return Record(image, captions, key, label, weights, extra)
     except UnicodeDecodeError:
       return DataError(f"{key}: a caption is not UTF-8.")
     except DataError as error:

@@ -20,6 +20,7 @@ class Record(NamedTuple):
   key: str  # names the record in messages: shard and member
   label: int | None = None  # of labelled evaluation sets
   weights: tuple[float, ...] | None = None  # of the captions, where the options give some
+  extra: dict | None = None  # what else is stored with it, by name, where the options ask for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Options:
     captions: (name, weight) of the captions to read: members, JSON keys, columns or features. What a format
       calls a caption by itself, if there are none.
     image: name of the column or feature with the image; found by itself if empty.
+    extra: give what else is stored with each record: the keys of a tar's `.json`, other columns or features.
     allow_truncated: use the whole records of a tar shard that is cut off.
     storage: what reads bytes.
     log: called with lines of progress; they go to standard error if it is not given.
@@ -37,6 +39,7 @@ class Options:
 
   captions: tuple[tuple[str, float], ...] = ()
   image: str = ""
+  extra: bool = False
   allow_truncated: bool = False
   storage: Storage = dataclasses.field(default_factory=Storage, compare=False)
   log: object = dataclasses.field(default=None, compare=False)

@@ -4,6 +4,7 @@ A record is a run of members that share a name up to its first dot: an image (`.
 `.json` with `caption` or a list `captions`) and, in labelled sets, a class (`.cls`). All of it is read with one request.
 """
 
+import contextlib
 import json
 from pathlib import PurePosixPath
 
@@ -14,6 +15,7 @@ from clip_jax.data.sources.tar_index import CAPTIONS, IMAGES, MOST, SUFFIX, Inde
 from clip_jax.data.sources.tar_members import BLOCK, Damaged, members
 from clip_jax.errors import DataError
 
+FIRST = 100  # records
 LONGEST = 1 << 30  # bytes of a record; an image is never as long
 
 
@@ -37,10 +39,11 @@ class TarSource(RandomAccess):
     )
     self.fingerprint = f"tar {self.index.key} {options.captions}"
     if not len(self):
-      raise DataError(
-        f"{pattern}: no record has both an image ({', '.join(IMAGES)}) and a caption ({', '.join(CAPTIONS)}) or "
-        "class (cls), one directly after the other."
-      )
+      raise DataError(f"{pattern}: no record has an image ({', '.join(IMAGES)}).")
+    # A set of which nothing can be read is told now, and not after a thousand substitutes.
+    first = self.fetch(range(min(len(self), FIRST))) if not self.index.rows["characters"][:FIRST].any() else [None]
+    if all(isinstance(record, DataError) for record in first):
+      raise DataError(f"{pattern}: none of the first {len(first)} records can be read; {first[0]}")
 
   def __len__(self):
     return len(self.index.rows)
@@ -92,7 +95,7 @@ class TarSource(RandomAccess):
     end, key = 0, None
     try:
       for member in members(read, 0, size - begin):
-        if member.plain:
+        if member.plain and not member.hidden:
           key = key or member.key
           if member.key != key:
             break
@@ -107,7 +110,7 @@ class TarSource(RandomAccess):
     parts, first, changed = {}, None, False
     try:
       for member in members(lambda at, count: raw[at : at + count], 0, len(raw)):
-        if member.plain:
+        if member.plain and not member.hidden:
           first = first or member
           if member.key != first.key:
             break
@@ -128,8 +131,11 @@ class TarSource(RandomAccess):
 
     fields = {kind: content(parts[kind]).decode("utf-8", "replace") for kind in parts if is_caption(kind)}
     label = _label(content(parts["cls"]), key) if "cls" in parts else None
+    if not fields and label is None:
+      raise DataError(f"{key}: no caption ({', '.join(CAPTIONS)}) follows or precedes it.")
     captions, weights = self._captions(fields, key, label)
-    return Record(content(image), captions, key, label, weights)
+    extra = _extra(fields, key) if self._options.extra else None
+    return Record(content(image), captions, key, label, weights, extra)
 
   def _captions(self, fields, key, label):
     wanted = self._options.captions
@@ -151,6 +157,15 @@ def shards(pattern, storage):
   """
   # With 'DIR/*' an index written beside its shard would be taken for a shard the next time.
   return [path for path in storage.expand(pattern) if not path.endswith(SUFFIX)]
+
+
+def _extra(fields, key):
+  found = {}
+  for kind in fields:
+    if kind.endswith("json"):
+      with contextlib.suppress(DataError):  # nothing in it is needed, or its captions would have been
+        found |= _json(fields[kind], key)
+  return found
 
 
 def _label(raw, key):

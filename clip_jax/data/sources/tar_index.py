@@ -32,9 +32,10 @@ MOST = np.iinfo(np.uint16).max
 # Numbers of pixels and characters are cut to what fits; 0 is "not known". A record of `MOST` blocks may be longer.
 ROW = np.dtype([("block", "<u4"), ("blocks", "<u2"), ("width", "<u2"), ("height", "<u2"), ("characters", "<u2")])
 
-# What is read at a time: with small images the next headers come with it.
-WINDOW = {False: 4 << 10, True: 32 << 10}  # local, in a bucket
-WORKERS = 32  # shards of a bucket that are read at the same time
+# What is read at a time, from a header on: with what is shorter the next headers come along. In a bucket a request takes about
+# as long as a mebibyte, so only longer members are passed over.
+WINDOW = {False: 4 << 10, True: 1 << 20}  # local, in a bucket
+WORKERS = 64  # shards of a bucket that are read at the same time
 
 
 class Index:
@@ -122,8 +123,8 @@ def scan(storage, path):
     path: a tar file.
 
   Returns:
-    `ROW` [records], and a sentence on where the shard is cut off or None. Records without an image, or
-    without caption and class, are not in it, and neither is the record that the cut goes through.
+    `ROW` [records], and a sentence on where the shard is cut off or None. What has no image is no
+    record; one without a caption is, and cannot be read. Not in it is neither is the record that the cut goes through.
 
   Raises:
     DataError: not a tar archive.
@@ -133,7 +134,7 @@ def scan(storage, path):
   rows, kinds, run, reason, beyond = [], [set(), set()], None, None, None
   try:
     for member in members(window.read, 0, size):
-      if member.plain:
+      if member.plain and not member.hidden:
         if run is None or member.key != run.key:
           _close(run, rows, kinds)
           run = _Run(member.key)
@@ -182,7 +183,7 @@ class _Run:
     self._wanted.append(member)
 
   def row(self):
-    if self._pixels is None or not (self._characters or LABEL in self.kinds):
+    if self._pixels is None:
       return None
     begin, end = self._wanted[0].begin, self._wanted[-1].end
     if begin // BLOCK > np.iinfo(np.uint32).max:

@@ -25,6 +25,11 @@ class Member(NamedTuple):
   plain: bool  # a file with content of its own
 
   @property
+  def hidden(self):
+    """Whether its name begins with a dot, as that of what some systems pack beside a file."""
+    return self.key.endswith("/")
+
+  @property
   def end(self):
     """The byte after its last block."""
     return self.data + (-(-self.size // BLOCK) * BLOCK if self.size else 0)

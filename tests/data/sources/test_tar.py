@@ -23,7 +23,7 @@ from PIL import Image
 
 from clip_jax.data import sources
 from clip_jax.data.sources import tar, tar_index
-from clip_jax.data.sources.protocol import Options
+from clip_jax.data.sources.protocol import Options, Record
 from clip_jax.data.sources.tar import TarSource
 from clip_jax.data.storage import Storage
 from clip_jax.errors import DataError
@@ -122,7 +122,7 @@ def test_captions(tmp_path, members, captions):
 def test_image_extensions(tmp_path, extension):
   write(tmp_path / "a.tar", [(f"0.{extension}", b"pixels"), ("0.TXT", b"words"), ("0.CLS", b"7")])
   (found,) = records_of(tmp_path / "a.tar")
-  assert found == (b"pixels", ["words"], f"a.tar/0.{extension}", 7, None)
+  assert found == Record(b"pixels", ["words"], f"a.tar/0.{extension}", 7)
 
 
 def test_members_of_a_record_in_any_order(tmp_path):
