@@ -24,7 +24,7 @@ from markupsafe import Markup
 from clip_jax.files import write_text
 from clip_jax.report import plots
 from clip_jax.report.results import DIRECTIONS, Row, family, headline_rows, results_table
-from clip_jax.report.run_log import Run, number, open_required, read_run
+from clip_jax.report.run_log import Run, number, open_required, read_bad_records, read_run
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Training metric -> (title, running median or not, options of its chart), in the order of the page.
@@ -73,6 +73,7 @@ def write(workdir: str | Path) -> Path:
     **_charts(run, config),
     **_examples(workdir / "examples.json", examples),
     config=_flat_sections(config),
+    bad=read_bad_records(workdir / "bad_records.jsonl"),
     environment={k: _value_text(v) for k, v in environment.items()},
   )
   target = workdir / "report.html"

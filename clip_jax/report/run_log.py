@@ -155,6 +155,26 @@ def read_run(path: Path) -> Run:
   return run
 
 
+def read_bad_records(path: Path) -> list[dict[str, str]]:
+  """The records that a run could not read, one each, as `bad_records.jsonl` has them.
+
+  Args:
+    path: the file; there is none where all could be read.
+
+  Returns:
+    The "key", "error" and "source" of each; the last is empty but in a mixture.
+  """
+  found = {}
+  for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+    try:
+      record = json.loads(line)
+      row = {name: str(record.get(name, "")) for name in ("key", "error", "source")}
+      found[record.get("source"), record["index"]] = row
+    except (ValueError, KeyError, TypeError, AttributeError):  # part of a line, of a run that was killed
+      continue
+  return list(found.values())
+
+
 def open_required(path: Path):
   """Opens a file for reading bytes; one that is missing is a FileNotFoundError that says what it is of."""
   try:

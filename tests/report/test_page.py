@@ -308,6 +308,21 @@ def test_only_raster_data_uris_become_images(tmp_path, uri):
   assert len(accepted.attributes("src")) == 4
 
 
+def test_records_that_could_not_be_read_are_named_once_each(tmp_path):
+  workdir = full_run(tmp_path)
+  assert "could not be read" not in written(workdir).text
+  lines = [{"index": i % 60, "key": f"0.tar/{i % 60:03}.jpg", "error": f"cut {HOSTILE}", "substitute": 1} for i in range(70)]
+  lines.append({"index": 3, "source": "b/*.tar", "key": "1.tar/003.jpg", "error": "empty", "substitute": 1})
+  text = "".join(json.dumps(line) + "\n" for line in lines) + '{"index": 9, "key": "x'
+  (workdir / "bad_records.jsonl").write_text(text)
+  found = written(workdir)
+  assert "61 records were replaced by others; the first 50 are shown" in found.text
+  assert found.text.count("0.tar/003.jpg") == 1 and "0.tar/049.jpg" in found.text and "0.tar/050.jpg" not in found.text
+  assert not [attributes for tag, attributes in found.tags if "onerror" in attributes]
+  (workdir / "bad_records.jsonl").write_text(json.dumps(lines[-1]))
+  assert "1 record was replaced by others" in written(workdir).text and "b/*.tar 1.tar/003.jpg empty" in written(workdir).text
+
+
 def test_nothing_is_loaded_from_anywhere(tmp_path):
   html = page.write(full_run(tmp_path)).read_text()
   found = Tags(html)
