@@ -4,6 +4,7 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -66,6 +67,7 @@ def _parser():
   index.add_argument("--processes", type=int, default=0, metavar="N", help="shards read at the same time (one a core)")
   index.add_argument("--rebuild", action="store_true", help="build them anew even if they are up to date")
   index.add_argument("--allow-truncated", action="store_true", help="accept shards that are cut off")
+  _add_looks_at_data(verb, data)
   report = verb(
     verbs, "report", _report, _show_report, "Write report.html of a run.", "clip-jax report runs/quickstart"
   )
@@ -95,6 +97,31 @@ def _parser():
     ))  # fmt: skip
   verb(verbs, "doctor", _doctor, _show_doctor, "Tell what this machine has for training.", "clip-jax doctor")
   return parser
+
+
+def _add_looks_at_data(verb, data):
+  bench = verb(
+    data, "bench", _data_bench, _show_bench,
+    "Measure how many training examples a second this machine makes of a data set, and where the time goes.",
+    "clip-jax data bench 'shards/*.tar' --threads 1,8 --data order=blocks --data 'crop_scale=(0.5, 1.0)'",
+  )  # fmt: skip
+  bench.add_argument("--threads", type=_counts, default=(), metavar="N,N,...", help="how many (1, 2, 4, ... up to the cores)")
+  bench.add_argument("--seconds", type=_seconds, default=5.0, metavar="S", help="time for each number of threads (5)")
+  inspect = verb(
+    data, "inspect", _data_inspect, _show_inspect,
+    "Tell what a model will see of a data set: sizes, captions, what cannot be read, duplicates; and as a page with pictures.",
+    "clip-jax data inspect 'gs://bucket/laion/*.tar' --html laion.html",
+  )  # fmt: skip
+  inspect.add_argument("--html", metavar="FILE", help="also write a page that shows all of it, with samples")
+  inspect.add_argument("--scan", type=_count, default=10_000, metavar="N", help="records looked at, in the order of training (10000)")
+  inspect.add_argument("--samples", type=_count, default=32, metavar="N", help="examples of the first step on the page (32)")
+  for one in (bench, inspect):
+    one.add_argument("source", nargs="?", default="", help=(
+      "what config.data.path takes: a glob of files, local, gs:// or s3://; nothing, where --data gives a mixture"
+    ))  # fmt: skip
+    one.add_argument("--model", default="ViT-B-16", metavar="NAME", help="whose image size and tokenizer (ViT-B-16)")
+    one.add_argument("--tokenizer", metavar="PATH", help="another tokenizer than the model's, as config.model.tokenizer takes it")
+    one.add_argument("--data", action="append", default=[], metavar="KEY=VALUE", help="a key of config.data; may be repeated")
 
 
 def _models(_):
@@ -141,6 +168,77 @@ def _show_index(found):
   print(f"{found['records']:,} records in {found['shards']:,} shards; the index takes {found['bytes']:,} bytes.")
 
 
+def _data_config(arguments):
+  from clip_jax import config as configs
+  from clip_jax.models import zoo
+
+  data = {"path": arguments.source}
+  for setting in arguments.data:
+    key, equals, value = setting.partition("=")
+    if not equals:
+      raise UsageError(f"--data {setting}: expected KEY=VALUE, as in --data order=blocks.")
+    try:
+      data[key] = ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+      data[key] = value  # a word, or a path
+  model = {"name": arguments.model, "tokenizer": arguments.tokenizer}
+  # A model with a bias goes with this loss only, of which nothing is computed here.
+  loss = {"name": "sigmoid"} if "logit_bias_init" in zoo.MODELS.get(arguments.model, {}) else {}
+  return configs.resolve({"model": model, "loss": loss, "train": {"steps": 1}, "data": data})
+
+
+def _data_bench(arguments):
+  from clip_jax.data import bench, dataset
+  from clip_jax.data.storage import redact
+
+  config = _data_config(arguments)
+  threads = arguments.threads or bench.default_threads()
+  rows = bench.measure(dataset.create(config), config, threads, arguments.seconds, _tracker("measuring"))
+  source = redact(config.data.path) or f"a mixture of {len(config.data.mixture)}"
+  return {"source": source, "model": arguments.model, "image_size": config.model.image_size, "threads": rows}
+
+
+def _show_bench(found):
+  stages = ("read", "decode", "resize", "tokenize", "other")
+  print(f"{found['source']}, as {found['model']} gets it ({found['image_size']} pixels)")
+  print(f"{'threads':>7}{'images/s':>12}{'a thread':>12}{'MB/s':>10}" + "".join(f"{stage:>10}" for stage in stages))
+  for row in found["threads"]:
+    rate = row["images_per_second"]
+    print(
+      f"{row['threads']:>7}{rate:>12,.0f}{rate / row['threads']:>12,.0f}{row['megabytes_per_second']:>10,.1f}"
+      + "".join(f"{row[stage]:>10.1%}" for stage in stages)
+    )
+  print("MB/s: of encoded images; read to other: shares of the threads' time, resize with the rest of augmentation")
+
+
+def _data_inspect(arguments):
+  from pathlib import Path
+
+  from clip_jax import config as configs
+  from clip_jax.data import inspection
+  from clip_jax.report import data_page
+
+  html = arguments.html
+  if html and not (Path(html).absolute().parent.is_dir() and not Path(html).is_dir()):  # before all the work
+    raise UsageError(f"--html {html}: it must be a file in a folder that exists.")
+  config = _data_config(arguments)
+  found = inspection.inspect(config, arguments.scan, arguments.samples if html else 0, _tracker("inspecting"))
+  if html:
+    try:
+      data_page.write(html, found, configs.to_dict(config)["data"])
+    except OSError as error:
+      raise UsageError(f"{html} cannot be written: {error.strerror or error}.") from error
+  return found.summary | ({"html": html} if html else {})
+
+
+def _show_inspect(found):
+  from clip_jax.report import data_page
+
+  print("\n".join(data_page.lines(found)))
+  if "html" in found:
+    print(found["html"])
+
+
 def _report(arguments):
   from clip_jax.report import page
 
@@ -159,6 +257,22 @@ def _bytes(text):
   if not match or not float(match[1]):
     raise argparse.ArgumentTypeError(f"{text!r} is not a size; 5GB and 500MB are.")
   return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def _count(text):
+  if not re.fullmatch(r"0*[1-9]\d{0,11}", text, re.ASCII):
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on.")
+  return int(text)
+
+
+def _counts(text):
+  return tuple(map(_count, text.split(",")))
+
+
+def _seconds(text):
+  if not re.fullmatch(r"\d+(\.\d+)?|\.\d+", text, re.ASCII) or not float(text):
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds.")
+  return float(text)
 
 
 def _find(path, name):

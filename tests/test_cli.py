@@ -19,18 +19,22 @@ def run(*arguments, code=0, cwd=None):
   return done
 
 
-def test_help_imports_no_jax():
+@pytest.mark.parametrize("verb", [[], ["data", "bench"], ["data", "inspect"]], ids=" ".join)
+def test_help_imports_no_jax(verb):
   script = (
     "import sys; from clip_jax import cli\n"
-    "try: cli.main(['--help'])\n"
+    "try: cli.main([*sys.argv[1:], '--help'])\n"
     "except SystemExit: pass\n"
-    "print(sorted(m for m in ('jax', 'flax', 'numpy', 'rich') if m in sys.modules))"
+    "print(sorted(m for m in ('jax', 'flax', 'numpy', 'rich', 'cv2', 'jinja2') if m in sys.modules))"
   )
-  done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=True)
+  done = subprocess.run([sys.executable, "-c", script, *verb], text=True, capture_output=True, check=True)
   assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("verb", [["models"], ["export"], ["import"], ["data", "index"], ["report"], ["doctor"]], ids=" ".join)
+VERBS = ["models", "export", "import", "data index", "data bench", "data inspect", "report", "doctor"]
+
+
+@pytest.mark.parametrize("verb", map(str.split, VERBS), ids=" ".join)
 def test_every_verb_has_help_with_an_example(verb):
   assert "example: clip-jax " + " ".join(verb) in run(*verb, "--help").stdout
 
@@ -68,6 +72,32 @@ def test_data_index_counts_records_and_leaves_an_index(colors):
   assert Path(f"{colors}.index.npz").exists()
 
 
+def test_data_bench_as_json_and_as_a_table(colors):
+  found = json.loads(run("data", "bench", colors, "--threads", "1,2", "--seconds", "0.1", "--data", "order=blocks", "--json").stdout)
+  assert (found["source"], found["model"], found["image_size"]) == (colors, "ViT-B-16", 224)
+  assert [row["threads"] for row in found["threads"]] == [1, 2]
+  for row in found["threads"]:
+    assert sum(row[stage] for stage in ("read", "decode", "resize", "tokenize", "other")) == pytest.approx(1)
+    assert row["images_per_second"] > 0 and row["megabytes_per_second"] > 0
+  done = run("data", "bench", colors, "--threads", "1", "--seconds", "0.1", "--model", "ViT-L-14-336")
+  assert "336 pixels" in done.stdout and "tokenize" in done.stdout and done.stderr == ""
+
+
+def test_data_inspect_as_json_as_a_summary_and_as_a_page(colors, tmp_path):
+  arguments = ["data", "inspect", "--data", f"mixture=[({colors!r}, 1)]", "--data", "crop_scale=(0.5, 1.0)"]
+  found = json.loads(run(*arguments, "--scan", "40", "--json").stdout)
+  assert (found["records"], found["looked_at"], found["width"]["max"]) == (64, 40, 24) and "html" not in found
+  done = run(*arguments, "--html", "page.html", "--samples", "3", cwd=tmp_path)
+  assert "64 records, 64 looked at" in done.stdout and done.stdout.endswith("page.html\n") and done.stderr == ""
+  html = (tmp_path / "page.html").read_text()
+  assert html.count("<article") == 3 and "the colour " in html and "[0.5, 1.0]" in html
+
+
+def test_the_setup_of_a_siglip_model_is_accepted(colors):
+  done = run("data", "inspect", colors, "--model", "ViT-B-16-SigLIP", "--tokenizer", "nowhere/spiece.model", code=2)
+  assert "nowhere/spiece.model does not exist" in done.stderr
+
+
 def test_doctor_tells_devices_and_versions():
   found = json.loads(run("doctor", "--json").stdout)
   assert found["devices"] >= 1 and found["jax"] and isinstance(found["extras"]["plan"], list)
@@ -77,6 +107,15 @@ def test_doctor_tells_devices_and_versions():
   "arguments, message",
   [
     (["data", "index", "nowhere/*.tar"], "nowhere/*.tar: no such file"),
+    (["data", "bench", "nowhere/*.tar"], "nowhere/*.tar: no such file"),
+    (["data", "bench", "nowhere/*.tar", "--threads", "1,0"], "'0' is not a whole number from 1 on"),
+    (["data", "bench", "nowhere/*.tar", "--seconds", "nan"], "'nan' is not a number of seconds"),
+    (["data", "bench", "nowhere/*.tar", "--data", "blok=3"], "config.data.blok is not a key of data. Did you mean block?"),
+    (["data", "bench", "nowhere/*.tar", "--data", "order"], "--data order: expected KEY=VALUE"),
+    (["data", "bench", "nowhere/*.tar", "--data", "crop_scale={[]: 1}"], "config.data.crop_scale is '{[]: 1}'"),
+    (["data", "inspect"], "config.data.path is empty"),
+    (["data", "inspect", "nowhere/*.tar", "--model", "ViT"], "config.model.name='ViT' is not a known model"),
+    (["data", "inspect", "nowhere/*.tar", "--html", "missing/page.html"], "it must be a file in a folder that exists"),
     (["report", "nowhere"], "nowhere"),
     (["export", "nowhere", "out", "--to", "openai"], "nowhere does not exist"),
     (["export", "nowhere", "out", "--to", "keras"], "invalid choice"),

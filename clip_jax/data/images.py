@@ -6,6 +6,7 @@ JPEGs of training are decoded at a fraction of their size and resampled by OpenC
 benchmarks/input_images.py tells how much faster that is, and how near.
 """
 
+import functools
 import io
 import math
 import struct
@@ -210,8 +211,9 @@ def resize_and_crop(image, size, mode="shortest"):
 
 
 def training_image(
-  encoded, size, random, *, out, crop_scale, color_jitter=0.0, flip=0.0, rotation=0.0, max_pixels=MAX_PIXELS
-):
+  encoded, size, random, *, out, crop_scale, color_jitter=0.0, flip=0.0, rotation=0.0, max_pixels=MAX_PIXELS,
+  timed=lambda stage, function, *arguments: function(*arguments),
+):  # fmt: skip
   """From a file to a row of a training batch: `augment(decode(encoded), ...)` in fewer steps.
 
   The draws and the crop are those of `augment`, and so are the pixels of all formats but JPEG. A JPEG is decoded at
@@ -225,6 +227,7 @@ def training_image(
     out: uint8 [size, size, 3], where the result goes.
     crop_scale: as for `augment`, and so are `color_jitter`, `flip` and `rotation`.
     max_pixels: a file whose header claims more is refused before anything is allocated.
+    timed: called with "decode" and what decodes, to tell its time from the rest; it returns what that does.
 
   Raises:
     DecodeError: not an image, cut off, or too large.
@@ -232,7 +235,8 @@ def training_image(
   settings = dict(crop_scale=crop_scale, color_jitter=color_jitter, flip=flip, rotation=rotation)
   claimed = header_size(encoded) if encoded[:2] == JPEG else None
   if claimed is None:
-    out[...] = augment(decode(encoded, max_pixels=max_pixels), size, random, **settings)
+    image = timed("decode", functools.partial(decode, max_pixels=max_pixels), encoded)
+    out[...] = augment(image, size, random, **settings)
     return
   _check_claim(claimed, max_pixels)
   orientation = _jpeg_orientation(encoded)
@@ -241,8 +245,7 @@ def training_image(
   left, top, right, bottom = drawn.box
   shrinks_by = min(right - left, bottom - top) / size
   scale = max((s for s in (2, 4, 8) if s <= shrinks_by), default=1)
-  image = _imdecode(encoded, _SCALED[scale] | cv2.IMREAD_IGNORE_ORIENTATION)
-  image = _oriented(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), orientation)
+  image = timed("decode", _decode_scaled, encoded, scale, orientation)
   image = _turned(image, drawn.angle, width / scale, height / scale)
   resample = _shrunk if shrinks_by >= 1 else _resized
   out[...] = _finished(resample(image, [edge / scale for edge in drawn.box], size), drawn)
@@ -254,6 +257,11 @@ _SCALED = {
   4: cv2.IMREAD_REDUCED_COLOR_4,
   8: cv2.IMREAD_REDUCED_COLOR_8,
 }
+
+
+def _decode_scaled(encoded, scale, orientation):
+  image = _imdecode(encoded, _SCALED[scale] | cv2.IMREAD_IGNORE_ORIENTATION)
+  return _oriented(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), orientation)
 
 
 def augment(image, size, random, *, crop_scale, color_jitter=0.0, flip=0.0, rotation=0.0):

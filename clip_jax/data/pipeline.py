@@ -190,7 +190,8 @@ class Loader:
       dataset: a `dataset.Dataset`.
       config: a resolved `Config`.
       bad_records: a `BadRecords`.
-      clock: called with the name of a stage and a function to run, where time is measured; it returns what that does.
+      clock: called with the name of a stage, a function and its arguments, where time is measured; it returns what the
+        function does. Stages are "read", "image", inside of it "decode", and "tokenize".
     """
     self._dataset, self._bad_records = dataset, bad_records
     self._data, self._size = config.data, config.model.image_size
@@ -243,7 +244,7 @@ class Loader:
     data = self._data
     images.training_image(
       record.image, self._size, random, out=out, max_pixels=data.max_pixels, crop_scale=data.crop_scale,
-      color_jitter=data.color_jitter, flip=data.flip, rotation=data.rotation,
+      color_jitter=data.color_jitter, flip=data.flip, rotation=data.rotation, timed=self._timed,
     )  # fmt: skip
 
   def _choose(self, record, random):

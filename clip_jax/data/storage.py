@@ -13,7 +13,6 @@ import hashlib
 import io
 import os
 import re
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -163,14 +162,13 @@ class Storage:
       except Exception as error:  # of whatever kind: the caller has another place for it
         raise OSError(f"{path}: {_reason(error)}") from error
       return
-    folder = os.path.dirname(path) or "."
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
+    path = Path(path)  # hidden until it is whole, from globs as well
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-      with os.fdopen(handle, "wb") as file:
-        file.write(content)
+      temporary.write_bytes(content)
       os.replace(temporary, path)
     except OSError:
-      Path(temporary).unlink(missing_ok=True)
+      temporary.unlink(missing_ok=True)
       raise
 
   def _locate(self, path):
