@@ -27,4 +27,5 @@ lint: .venv/.test
 	$(BIN)/ruff check .
 
 bench: .venv/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -24,6 +24,8 @@ CORE = [
   "optax>=0.2.6",
   "orbax-checkpoint>=0.12",
   "pillow>=11.0",
+  "protobuf>=5",  # examples in ArrayRecord files
+  "pyarrow>=18.0",
   "rich>=14.0",
   "safetensors>=0.5",
   "tensorboardX>=2.6",
@@ -44,6 +46,7 @@ QUICKSTART = [
 TORCH = ["torch>=2.6", "transformers>=5.0"]
 ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 SENTENCEPIECE = ["sentencepiece>=0.2"]
+BEAM = ["apache-beam>=2.70"]  # with [gcp] for Dataflow
 
 EXTRAS = {
   "quickstart": QUICKSTART,
@@ -52,9 +55,12 @@ EXTRAS = {
     *TORCH,
     *ONNX,
     *SENTENCEPIECE,
+    *BEAM,
+    "flask-cors>=5.0",  # moto's server
+    "gcp-storage-emulator>=2024.8",
     "hypothesis>=6.130",
     "instant-clip-tokenizer>=0.1.1",
-    "protobuf>=5",  # transformers reads spiece.model with it
+    "moto[s3]>=5.1",
     "pytest>=8.3",
     "regex>=2024.11",
     "ruff>=0.11",
@@ -66,7 +72,9 @@ EXTRAS = {
   "plan": ["jax[tpu]"],
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
-  "beam": ["apache-beam[gcp]>=2.70"],
+  "beam": BEAM,
+  # What the input pipeline is compared with.
+  "bench": ["pyvips[binary]>=3.0", "simplejpeg>=1.8", "webdataset>=1.0"],
   "wandb": ["wandb>=0.19"],
   "gcp": ["google-cloud-storage>=3.0"],
 }

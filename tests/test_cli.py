@@ -31,7 +31,7 @@ def test_help_imports_no_jax(verb):
   assert done.stdout.splitlines()[-1] == "[]"
 
 
-VERBS = ["models", "export", "import", "data index", "data bench", "data inspect", "report", "doctor"]
+VERBS = ["models", "export", "import", "data index", "data bench", "data inspect", "data convert", "report", "doctor"]
 
 
 @pytest.mark.parametrize("verb", map(str.split, VERBS), ids=" ".join)
@@ -98,6 +98,19 @@ def test_the_setup_of_a_siglip_model_is_accepted(colors):
   assert "nowhere/spiece.model does not exist" in done.stderr
 
 
+@pytest.mark.slow
+def test_data_convert_counts_passes_options_to_beam_and_never_overwrites(colors, tmp_path):
+  out = tmp_path / "prepared"
+  command = ["data", "convert", colors, str(out), "--format", "tar", "--near-distance", "none", "--max-size", "16"]
+  found = json.loads(run(*command, "--json", "--", "--runner=DirectRunner", "--direct_num_workers=1").stdout)
+  assert found["input"]["records"] == 64 and found["settings"]["max_size"] == 16
+  index = json.loads(run("data", "index", f"{out}/*.tar", "--json").stdout)
+  assert index["records"] == found["records"] == 64
+  assert "the data set is finished" in run(*command, code=2).stderr
+  wrong = run("data", "convert", colors, str(tmp_path / "x"), "--", "--runner=Nobody", code=2)
+  assert "Beam cannot run with --runner=Nobody" in wrong.stderr and not (tmp_path / "x").exists()
+
+
 def test_doctor_tells_devices_and_versions():
   found = json.loads(run("doctor", "--json").stdout)
   assert found["devices"] >= 1 and found["jax"] and isinstance(found["extras"]["plan"], list)
@@ -121,6 +134,10 @@ def test_doctor_tells_devices_and_versions():
     (["export", "nowhere", "out", "--to", "keras"], "invalid choice"),
     (["export", "nowhere", "out", "--to", "openai", "--max-shard-size", "5 stones"], "'5 stones' is not a size; 5GB and 500MB are"),
     (["import", ".", "out"], "holds no checkpoint"),
+    (["data", "convert", "nowhere/*.tar", "out"], "nowhere/*.tar: no such file"),
+    (["data", "convert", "in", "out", "--format", "zip"], "invalid choice"),
+    (["data", "convert", "in", "out", "--near-distance", "-1"], "'-1' is not a whole number from 1 on"),
+    (["models", "--", "--runner=DirectRunner"], "nothing can follow -- here: --runner=DirectRunner"),
     (["fly"], "invalid choice"),
     ([], "required"),
   ],

@@ -42,13 +42,9 @@ def convert(pattern, out, settings=None, beam_options=(), log=None):
   """
   settings = settings or Settings()
   log = log or (lambda line: print(line, file=sys.stderr, flush=True))
-  try:
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-  except ImportError as error:
-    raise MissingExtraError("clip-jax data convert", "beam", "apache-beam") from error
   for path in (pattern, out):
     stores.check(path)
+  new_graph = _beam(beam_options)
   layout = manifest.Layout(out)
   if layout.has(INFO):
     layout.clean()  # where the end was cut off
@@ -57,7 +53,7 @@ def convert(pattern, out, settings=None, beam_options=(), log=None):
   @contextlib.contextmanager
   def stage(name, files):
     log(f"{name} begins")
-    with _explained(), _progress(layout, name, files, log), beam.Pipeline(options=PipelineOptions(list(beam_options))) as graph:
+    with _explained(), _progress(layout, name, files, log), new_graph() as graph:
       yield graph
     log(f"{name} is done")
 
@@ -79,6 +75,24 @@ def convert(pattern, out, settings=None, beam_options=(), log=None):
   with stage(f"3/3 writing {counts['shards']:,} shards", "work/shards/*.json") as graph:
     pipeline.write(graph, counts["shards"], layout.out, settings)
   return _finish(layout, pattern, settings, counts)
+
+
+def _beam(options):
+  # A function that makes a new graph of Beam.
+  try:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+  except ImportError as error:
+    raise MissingExtraError("clip-jax data convert", "beam", "apache-beam") from error
+
+  def new_graph():
+    return beam.Pipeline(options=PipelineOptions(list(options)))
+
+  try:
+    new_graph()
+  except ValueError as error:  # there is no such runner, or it lacks an option
+    raise UsageError(f"Beam cannot run with {' '.join(options)}: {error}") from error
+  return new_graph
 
 
 def _listed(counts):
