@@ -132,7 +132,7 @@ def _data_config(arguments):
 
 def _data_bench(arguments):
   from clip_jax.data import bench, dataset
-  from clip_jax.data.storage import redact
+  from clip_jax.data.locations import redact
 
   config = _data_config(arguments)
   threads = arguments.threads or bench.default_threads()

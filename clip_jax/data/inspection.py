@@ -13,8 +13,8 @@ import numpy as np
 
 from clip_jax.data import dataset as datasets
 from clip_jax.data import images
+from clip_jax.data.locations import redact
 from clip_jax.data.pipeline import CHUNK, BadRecords, Loader, tokenizer_for
-from clip_jax.data.storage import redact
 from clip_jax.data.tokenizer import ClipTokenizer
 from clip_jax.errors import DataError
 

@@ -9,7 +9,6 @@ instance role for S3, with `AWS_ENDPOINT_URL` for other stores that speak S3 and
 import errno
 import fnmatch
 import glob
-import hashlib
 import io
 import os
 import re
@@ -17,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+from clip_jax.data.locations import check, expand_braces, is_remote, redact
 from clip_jax.errors import DataError, StorageError, UsageError
 
 DEADLINE = 600.0  # seconds
@@ -251,63 +251,6 @@ class _TooShort(DataError):
   def __init__(self, path, stop, size):
     self.size = size
     super().__init__(f"{path}: ends before byte {stop:,}." if stop else f"{path}: ends too early.")
-
-
-def is_remote(path):
-  """Whether a path is in a bucket."""
-  return "://" in path
-
-
-def check(path):
-  """Checks that a path is of a kind that can be read.
-
-  Raises:
-    DataError: it is a URL of another kind, or holds credentials.
-  """
-  match = re.match(r"(\w+)://([^/]*)", path)
-  if match and "@" in match[2]:
-    raise DataError(
-      f"{redact(path)}: credentials do not belong in a path, which is written to logs; set them in the environment."
-    )
-  if match and match[1] not in ("gs", "s3"):
-    raise DataError(f"{redact(path)}: only local paths, gs:// and s3:// can be read.")
-  if match and not match[2]:
-    raise DataError(f"{path}: the name of the bucket is missing.")
-
-
-def redact(text):
-  """Takes the secrets out of the URLs in a text: user and password, and what signs a request."""
-  text = re.sub(r"(\w+://)[^/\s@]*@", r"\1***@", text)
-  secret = r"[\w.-]*(?:token|secret|password|signature|credential|key|sig|auth)[\w.-]*"
-  return re.sub(rf"(?i)([?&]{secret}=)[^&\s]+", r"\1***", text)
-
-
-def expand_braces(pattern):
-  """Lists what a pattern with `{00000..00099}` and `{a,b}` stands for."""
-  match = re.search(r"\{([^{}]*)\}", pattern)
-  if not match:
-    return [pattern]
-  numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-  if numbers:
-    low, high = sorted(map(int, numbers.groups()))
-    choices = [f"{i:0{len(numbers[1])}}" for i in range(low, high + 1)]
-  else:
-    choices = match[1].split(",")
-  before, after = pattern[: match.start()], pattern[match.end() :]
-  return [whole for c in choices for whole in expand_braces(before + c + after)]
-
-
-def cache_folder(name):
-  """A folder for what can be made again: in `$CLIP_JAX_CACHE`, or in `~/.cache/clip_jax`."""
-  return Path(os.environ.get("CLIP_JAX_CACHE") or "~/.cache/clip_jax").expanduser() / name
-
-
-def cache_key(*parts):
-  """A short name for what depends on strings."""
-  digest = hashlib.sha256()
-  for part in parts:
-    digest.update(f"{len(part)}:{part}".encode())
-  return digest.hexdigest()[:32]
 
 
 def _neighbours(ranges):

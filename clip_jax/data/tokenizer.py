@@ -9,6 +9,7 @@ The merges are applied by the Rust library `tokenizers`, outside the GIL. This m
 neither JAX nor torch, so data workers can start without them.
 """
 
+import collections
 import dataclasses
 import functools
 import gzip
@@ -211,9 +212,10 @@ def checked(texts: str | Sequence[str]) -> Sequence[str]:
   return texts
 
 
-# The ids of what stands between spaces, which captions repeat far more than they bring in new.
+# The ids of what stands between spaces, which captions repeat far more than they bring in new; not of what is longer
+# than a word, or a data set of links would fill the memory.
 _known: dict[str, list[int]] = {}
-KNOWN_LIMIT = 1 << 16
+KNOWN_LIMIT, LONGEST_KNOWN = 1 << 16, 64
 
 
 def _encode(captions: list[str]) -> list[list[int]]:
@@ -228,8 +230,11 @@ def _encode(captions: list[str]) -> list[list[int]]:
   pieces = [caption.split(" ") for caption in captions]
   new = list(set().union(*pieces).difference(known))
   encoded = _rust()[0].encode_batch_fast(new, add_special_tokens=False)
+  long = {}
   for piece, encoding in zip(new, encoded, strict=True):
-    known[piece] = _encode_with_specials(piece) if START in piece or END in piece else encoding.ids
+    ids = _encode_with_specials(piece) if START in piece or END in piece else encoding.ids
+    (long if len(piece) > LONGEST_KNOWN else known)[piece] = ids
+  known = collections.ChainMap(known, long) if long else known
   return [[i for piece in caption for i in known[piece]] for caption in pieces]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from clip_jax.data.inspection import Inspection
-from clip_jax.data.storage import redact
+from clip_jax.data.locations import redact
 from clip_jax.files import write_text
 from clip_jax.report import plots
 from clip_jax.report.page import TEMPLATES, Tile

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from clip_jax import config as configs
 from clip_jax.convert.sources import find as find_weights
 from clip_jax.data import dataset, pipeline, sources
-from clip_jax.data.storage import redact
+from clip_jax.data.locations import redact
 from clip_jax.errors import ConfigError, DataError, UsageError
 from clip_jax.evaluate.encode import Encoder
 from clip_jax.evaluate.retrieval import Retrieval

@@ -9,7 +9,7 @@ import sys
 import threading
 
 from clip_jax import errors
-from clip_jax.data import storage as stores
+from clip_jax.data import locations
 from clip_jax.data.preparation import manifest, pipeline, reading, writing
 from clip_jax.data.preparation.settings import Settings
 from clip_jax.errors import MissingExtraError, UsageError
@@ -43,7 +43,7 @@ def convert(pattern, out, settings=None, beam_options=(), log=None):
   settings = settings or Settings()
   log = log or (lambda line: print(line, file=sys.stderr, flush=True))
   for path in (pattern, out):
-    stores.check(path)
+    locations.check(path)
   new_graph = _beam(beam_options)
   layout = manifest.Layout(out)
   if layout.has(INFO):
@@ -108,7 +108,7 @@ def _begin(layout, pattern, settings):
   given = {"pattern": pattern} | dataclasses.asdict(settings)
   now = json.loads(json.dumps({"settings": given, "units": units, "stamp": reading.stamp(units, options)}))
   if not layout.has("work/input.json"):
-    if layout.names("**/*" if not stores.is_remote(layout.out) else "*"):
+    if layout.names("**/*" if not locations.is_remote(layout.out) else "*"):
       raise UsageError(f"{layout.out} holds something already; choose a folder that is empty or not there.")
     layout.write_json("work/input.json", now)
     return units

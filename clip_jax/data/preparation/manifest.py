@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clip_jax.data.locations import is_remote
 from clip_jax.data.preparation.reading import ROW_BITS, UNIT_BITS
-from clip_jax.data.storage import Storage, is_remote
+from clip_jax.data.storage import Storage
 from clip_jax.errors import DataError
 
 EXCLUDED = np.uint64(1 << UNIT_BITS + ROW_BITS)  # from here on, numbers are of images to keep out

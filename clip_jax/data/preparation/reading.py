@@ -7,10 +7,10 @@ import os
 from typing import NamedTuple
 
 from clip_jax.data import sources
+from clip_jax.data.locations import cache_key, is_remote
 from clip_jax.data.sources import tar, tar_index
 from clip_jax.data.sources.folder import ENDINGS, METADATA
 from clip_jax.data.sources.protocol import RandomAccess, Record
-from clip_jax.data.storage import cache_key, is_remote
 from clip_jax.errors import DataError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif")

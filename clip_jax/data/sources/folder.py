@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from clip_jax.data import storage as stores
+from clip_jax.data import locations
 from clip_jax.data.sources import opening
 from clip_jax.data.sources.parquet import is_text
 from clip_jax.data.sources.protocol import Options, RandomAccess, Record, captions_of
@@ -44,7 +44,7 @@ class FolderSource(RandomAccess):
       StorageError: a store does not answer.
     """
     options = options or Options()
-    path = path if stores.is_remote(path) else os.path.expanduser(path)
+    path = path if locations.is_remote(path) else os.path.expanduser(path)
     self._storage, self._wanted = options.storage, options.captions
     self._path, content = _find(options.storage, path)
     self._folder = posixpath.dirname(self._path)
@@ -104,11 +104,11 @@ class FolderSource(RandomAccess):
   def _locate(self, name, key):
     if not name or "\0" in name:
       raise DataError(f"{key}: it names no file.")
-    absolute = name.startswith("/") or stores.is_remote(name)
+    absolute = name.startswith("/") or locations.is_remote(name)
     if self._confined and (absolute or _leaves(name)):
       raise DataError(f"{key}: it is outside of {self._folder or '.'}; {os.path.basename(self._path)} may name files in it only.")
-    if absolute or not stores.is_remote(self._folder):
-      stores.check(name)
+    if absolute or not locations.is_remote(self._folder):
+      locations.check(name)
       return name if absolute else os.path.join(self._folder, name)
     scheme, _, rest = self._folder.partition("://")
     bucket, _, prefix = rest.partition("/")

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from clip_jax.data.storage import cache_folder, cache_key
+from clip_jax.data.locations import cache_folder, cache_key
 from clip_jax.errors import DataError, did_you_mean
 
 # What columns and features are called; the first that is there is read.

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 
 from clip_jax.data import images
+from clip_jax.data.locations import cache_folder, cache_key
 from clip_jax.data.sources.protocol import RandomAccess
-from clip_jax.data.storage import cache_folder, cache_key
 from clip_jax.errors import DataError
 
 CHUNK = 1 << 20  # rows looked at together

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data import images
+from clip_jax.data.locations import cache_folder, cache_key, is_remote
 from clip_jax.data.sources.protocol import MAX_CAPTION
 from clip_jax.data.sources.tar_members import BLOCK, Damaged, members
-from clip_jax.data.storage import Storage, cache_folder, cache_key, is_remote
+from clip_jax.data.storage import Storage
 from clip_jax.errors import DataError, StorageError
 
 VERSION = 2

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from clip_jax.data.locations import is_remote
 from clip_jax.data.sources import opening
 from clip_jax.data.sources.array_record import Features, Shards
 from clip_jax.data.sources.protocol import Options, RandomAccess
-from clip_jax.data.storage import is_remote
 from clip_jax.errors import DataError, did_you_mean
 
 INFO, FEATURES = "dataset_info.json", "features.json"
