@@ -20,8 +20,9 @@ install: .venv/.test
 quickstart: .venv/.quickstart
 	@$(BIN)/python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
+# A file's tests stay together, for the runs they share; a process takes up to 4 GB.
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 lint: .venv/.test
 	$(BIN)/ruff check .

@@ -62,6 +62,7 @@ EXTRAS = {
     "instant-clip-tokenizer>=0.1.1",
     "moto[s3]>=5.1",
     "pytest>=8.3",
+    "pytest-xdist>=3.6",
     "regex>=2024.11",
     "ruff>=0.11",
     "jax[tpu]>=0.10",  # libtpu: programs are compiled for slices that are not there
