@@ -47,32 +47,12 @@ def check(config):
     ConfigError: a value or a combination of values that cannot be run.
   """
   check_model(config.model)
-  data, optimizer = config.data, config.optimizer
+  optimizer = config.optimizer
   _check_patterns(optimizer)
   _check_loss(config.loss, config.model)
   one_of("config.train.init_tower", config.train.init_tower, ("both", "image", "text"))
-  _check_data(data)
-  if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
-    raise ConfigError(f"config.data.crop_scale={data.crop_scale} must be two shares, 0 < low <= high <= 1.")
-  for path, value, low, high in (
-    ("data.color_jitter", data.color_jitter, 0, 1),
-    ("data.flip", data.flip, 0, 1),
-    ("data.other_captions", data.other_captions, 0, 1),
-    ("data.max_bad_share", data.max_bad_share, 0, 1),
-    ("data.rotation", data.rotation, 0, 180),
-    ("data.threads", data.threads, 0, 1024),
-    ("data.prefetch", data.prefetch, 1, 1024),
-    ("data.seed", data.seed, 0, 2**63 - 1),
-    ("data.min_size", data.min_size, 0, 10**6),
-    ("data.max_aspect", math.inf if data.max_aspect is None else data.max_aspect, 1, math.inf),
-    ("data.min_caption", data.min_caption, 0, 10**6),
-    ("data.max_caption", 10**6 if data.max_caption is None else data.max_caption, 1, 10**6),
-    ("data.block", data.block, 1, 10**6),
-    ("data.window", data.window, 1, 10**6),
-    ("data.lanes", data.lanes, 1, 10**6),
-    ("data.block_cache", data.block_cache, 0, 10**6),
-    ("data.read_deadline", data.read_deadline, 1, 10**6),
-    ("data.max_pixels", data.max_pixels, 1, 2**40),
+  _check_data(config.data)
+  _check_ranges(
     ("train.seed", config.train.seed, 0, 2**32 - 1),
     ("train.microbatches", config.train.microbatches, 1, 10**6),
     ("train.log_every", config.train.log_every, 1, 10**9),
@@ -85,9 +65,7 @@ def check(config):
     ("eval.batch_size", config.eval.batch_size, 1, 10**6),
     ("checkpoint.every", config.checkpoint.every, 1, 10**9),
     ("checkpoint.keep_last", config.checkpoint.keep_last, 1, 10**6),
-  ):
-    if not low <= value <= high:
-      raise ConfigError(f"config.{path}={value} must lie between {low:,} and {high:,}.")
+  )
   if config.model.vision.kind == "resnet" and config.train.microbatches > 1:
     raise ConfigError(
       f"config.train.microbatches={config.train.microbatches} must be 1 with a ResNet: its batch norms would see one "
@@ -107,9 +85,37 @@ FORMATS = ("auto", "tar", "array_record", "tfds", "parquet", "folder", "emoji")
 MOST_WEIGHTS = 10**6
 
 
+def _check_ranges(*rows):
+  for path, value, low, high in rows:
+    if not low <= value <= high:
+      raise ConfigError(f"config.{path}={value} must lie between {low:,} and {high:,}.")
+
+
 def _check_data(data):
   one_of("config.data.source", data.source, FORMATS)
   one_of("config.data.order", data.order, ("global", "blocks"))
+  _check_ranges(
+    ("data.color_jitter", data.color_jitter, 0, 1),
+    ("data.flip", data.flip, 0, 1),
+    ("data.other_captions", data.other_captions, 0, 1),
+    ("data.max_bad_share", data.max_bad_share, 0, 1),
+    ("data.rotation", data.rotation, 0, 180),
+    ("data.threads", data.threads, 0, 1024),
+    ("data.prefetch", data.prefetch, 1, 1024),
+    ("data.seed", data.seed, 0, 2**63 - 1),
+    ("data.min_size", data.min_size, 0, 10**6),
+    ("data.max_aspect", math.inf if data.max_aspect is None else data.max_aspect, 1, math.inf),
+    ("data.min_caption", data.min_caption, 0, 10**6),
+    ("data.max_caption", 10**6 if data.max_caption is None else data.max_caption, 1, 10**6),
+    ("data.block", data.block, 1, 10**6),
+    ("data.window", data.window, 1, 10**6),
+    ("data.lanes", data.lanes, 1, 10**6),
+    ("data.block_cache", data.block_cache, 0, 10**6),
+    ("data.read_deadline", data.read_deadline, 1, 10**6),
+    ("data.max_pixels", data.max_pixels, 1, 2**40),
+  )
+  if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+    raise ConfigError(f"config.data.crop_scale={data.crop_scale} must be two shares, 0 < low <= high <= 1.")
   for key, pairs in (("mixture", data.mixture), ("captions", data.captions)):
     for i, (name, weight) in enumerate(pairs):
       if not name or not 0 < weight < math.inf:
