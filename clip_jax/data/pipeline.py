@@ -235,7 +235,8 @@ class Loader:
         reason = error
       # Its own first substitute is written down, also where it was met as that of another record.
       first = self._dataset.describe(self._dataset.substitute(place, 1))["index"]
-      self._bad_records.report(self._dataset.describe(place), self._dataset.key(place), reason, first)
+      name = self._dataset.key(place) if isinstance(record, DataError) else record.key
+      self._bad_records.report(self._dataset.describe(place), name, reason, first)
     raise DataError(
       f"{self._dataset.key(wanted)}: neither it nor {MAX_SUBSTITUTES} substitutes could be read."
     )

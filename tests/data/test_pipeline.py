@@ -489,7 +489,7 @@ def test_from_tar_shards(tmp_path):
   assert captions_of(batches, config) == [(i, 0) for i in want]
   listed = {line["index"]: line for line in map(json.loads, path.read_text().splitlines())}
   assert listed.keys() == {5, 30}
-  assert listed[5]["key"].startswith("00000.tar at byte ")
+  assert listed[5]["key"] == "00000.tar/00000005.png"
   assert "neither 'caption' nor 'captions'" in listed[30]["error"]
 
 
