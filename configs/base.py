@@ -76,6 +76,8 @@ def get_config():
   config.train.global_batch_size = 32_768  # table 18
   config.train.samples = placeholder(int)
   config.train.steps = placeholder(int)  # wins over samples
+  config.train.attention = "auto"
+  config.train.remat = "none"
   config.train.microbatches = 1
   config.train.init_from = ""
   config.train.init_tower = "both"

@@ -72,6 +72,8 @@ WRONG = [
   ("loss.dtype", "float16", "'float32', 'bfloat16'"),
   ("loss.label_smoothing", 1.0, "config.loss.label_smoothing=1.0 must be at least 0 and less than 1"),
   ("loss.max_logit_scale", 0.0, "config.loss.max_logit_scale=0.0 must be positive"),
+  ("train.attention", "flash", "config.train.attention='flash' must be one of 'auto', 'xla', 'pallas'"),
+  ("train.remat", "some", "config.train.remat='some' must be one of 'none', 'minimal', 'full', 'offload'"),
   ("train.microbatches", 0, "config.train.microbatches=0 must lie between 1"),
   ("train.init_tower", "vision", "config.train.init_tower='vision' must be one of 'both', 'image', 'text'"),
   ("optimizer.freeze", "(image", "config.optimizer.freeze='(image' is not a regular expression"),

@@ -51,6 +51,8 @@ def check(config):
   _check_patterns(optimizer)
   _check_loss(config.loss, config.model)
   one_of("config.train.init_tower", config.train.init_tower, ("both", "image", "text"))
+  one_of("config.train.attention", config.train.attention, ("auto", "xla", "pallas"))
+  one_of("config.train.remat", config.train.remat, ("none", "minimal", "full", "offload"))
   _check_data(config.data)
   _check_ranges(
     ("train.seed", config.train.seed, 0, 2**32 - 1),

@@ -1,5 +1,7 @@
 """CLIP: two towers and one temperature (Radford et al. 2021, figure 3)."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,13 @@ class CLIP(nn.Module):
 
   Attributes:
     config: a resolved `clip_jax.config.Model` (no size left open).
+    attend: how sequences attend to themselves, as `attention.create` makes it; `attention.dense` if None.
+    remat: what blocks keep for the backward pass: a name of `transformer.REMAT`.
   """
 
   config: object
+  attend: Callable | None = None
+  remat: str = "none"
 
   def setup(self):
     config = self.config
@@ -28,6 +34,8 @@ class CLIP(nn.Module):
       activation=config.activation,
       norm_epsilon=config.norm_epsilon,
       dtype=dtype,
+      attend=self.attend,
+      remat=self.remat,
     )
     vision, text = config.vision, config.text
     if vision.kind == "resnet":

@@ -1,5 +1,7 @@
 """The text Transformers of CLIP (Radford et al. 2021, section 2.4) and SigLIP (Zhai et al. 2023)."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,8 @@ class TextTransformer(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
+  attend: Callable | None = None
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, tokens, keys=None):
@@ -54,6 +58,8 @@ class TextTransformer(nn.Module):
       activation=self.activation,
       norm_epsilon=self.norm_epsilon,
       dtype=self.dtype,
+      attend=self.attend,
+      remat=self.remat,
       name="transformer",
     )(x)
     if self.causal:

@@ -9,9 +9,27 @@ Parameters are float32; `dtype` is what the matrix products run in. LayerNorm st
 softmax are float32 whatever `dtype` is.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from clip_jax.models import attention
+
+# What a block keeps from the forward for the backward pass; the rest is computed again (Chen et al. 2016, sublinear memory).
+# The names are those of the matrix products' results, and of attention's.
+KEPT = ("qkv", "mixed", "attention_out", "mlp_in", "mlp_out")
+_policies = jax.checkpoint_policies
+REMAT = {
+  "none": None,  # what XLA keeps by itself
+  "minimal": _policies.save_only_these_names(*KEPT),  # norms and activations are cheap
+  "full": _policies.nothing_saveable,  # the inputs of blocks alone
+  "offload": _policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=list(KEPT), offload_src="device", offload_dst="pinned_host"
+  ),
+}
 
 ACTIVATIONS = {
   "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -64,13 +82,16 @@ class Dense(nn.Module):
   axes: tuple[str | None, str | None]
   stddev: float
   dtype: jnp.dtype
+  keep: str | None = None  # what the product is called in `REMAT`
 
   @nn.compact
   def __call__(self, x):
     init = parameter(nn.initializers.normal(self.stddev), *self.axes)
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
     bias = self.param("bias", parameter(nn.initializers.zeros, self.axes[1]), (self.features,))
-    return matmul(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+    product = matmul(x, kernel.astype(self.dtype))
+    product = product if self.keep is None else checkpoint_name(product, self.keep)
+    return product + bias.astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -81,6 +102,7 @@ class Attention(nn.Module):
     causal: whether a place sees only itself and those before it.
     output_stddev: of the initial output kernel.
     features: width of what is returned; that of the input if None.
+    attend: attention of a sequence to itself, as `attention.create` makes it; `attention.dense` if None.
   """
 
   heads: int
@@ -88,6 +110,7 @@ class Attention(nn.Module):
   output_stddev: float
   dtype: jnp.dtype
   features: int | None = None
+  attend: Callable | None = None
 
   @nn.compact
   def __call__(self, x, query=None):
@@ -111,27 +134,28 @@ class Attention(nn.Module):
     kernel = kernel.reshape(width, 3 * width).astype(self.dtype)
     bias = bias.reshape(-1).astype(self.dtype)
     if query is None:
-      parts = jnp.split(matmul(x, kernel) + bias, 3, axis=-1)
+      flat = checkpoint_name(matmul(x, kernel), "qkv")
+      if self.attend is not None and attention.fits(x.shape[1], width, self.heads):
+        return self._out(width, self.attend(flat, bias, self.heads, self.causal))
+      parts = jnp.split(flat + bias, 3, axis=-1)
     else:
       first = matmul(query, kernel[:, :width]) + bias[:width]
       parts = [first, *jnp.split(matmul(x, kernel[:, width:]) + bias[width:], 2, axis=-1)]
     query, key, value = (part.reshape(*part.shape[:2], self.heads, size) for part in parts)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    scores = scores * size**-0.5
-    if self.causal:
-      visible = jnp.tril(jnp.ones(scores.shape[2:], bool))
-      scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*query.shape[:2], width)
+    mixed = attention.dense(query, key, value, self.causal, self.dtype)
+    return self._out(width, mixed.reshape(*query.shape[:2], width))
+
+  def _out(self, width, mixed):
+    mixed = checkpoint_name(mixed, "mixed")
     features = width if self.features is None else self.features
-    return Dense(features, ("heads", "embed"), self.output_stddev, self.dtype, name="out")(mixed)
+    return Dense(features, ("heads", "embed"), self.output_stddev, self.dtype, keep="attention_out", name="out")(mixed)
 
 
 def mlp(x, hidden_width, activation, output_stddev, dtype):
   """Two affine maps with an activation between them: `mlp_in` and `mlp_out` of the module that calls it."""
   width = x.shape[-1]
-  into = Dense(hidden_width, ("embed", "mlp"), (2 * width) ** -0.5, dtype, name="mlp_in")
-  out_of = Dense(width, ("mlp", "embed"), output_stddev, dtype, name="mlp_out")
+  into = Dense(hidden_width, ("embed", "mlp"), (2 * width) ** -0.5, dtype, keep="mlp_in", name="mlp_in")
+  out_of = Dense(width, ("mlp", "embed"), output_stddev, dtype, keep="mlp_out", name="mlp_out")
   return out_of(ACTIVATIONS[activation](into(x)))
 
 
@@ -145,13 +169,14 @@ class Block(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
+  attend: Callable | None = None
 
   @nn.compact
   def __call__(self, x):
     width = x.shape[-1]
     output_stddev = width**-0.5 * (2 * self.layers) ** -0.5
     normed = LayerNorm(self.norm_epsilon, self.dtype, name="norm_1")(x)
-    x = x + Attention(self.heads, self.causal, output_stddev, self.dtype, name="attention")(normed)
+    x = x + Attention(self.heads, self.causal, output_stddev, self.dtype, attend=self.attend, name="attention")(normed)
     normed = LayerNorm(self.norm_epsilon, self.dtype, name="norm_2")(x)
     return x + mlp(normed, self.mlp_width, self.activation, output_stddev, self.dtype)
 
@@ -166,11 +191,15 @@ class Transformer(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
+  attend: Callable | None = None
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, x):
+    policy = REMAT[self.remat]
+    block = Block if policy is None else nn.remat(Block, policy=policy)
     for i in range(self.layers):
-      x = Block(
+      x = block(
         heads=self.heads,
         mlp_width=self.mlp_width,
         layers=self.layers,
@@ -178,6 +207,7 @@ class Transformer(nn.Module):
         activation=self.activation,
         norm_epsilon=self.norm_epsilon,
         dtype=self.dtype,
+        attend=self.attend,
         name=f"block_{i}",
       )(x)
     return x

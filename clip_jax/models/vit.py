@@ -1,6 +1,7 @@
 """The Vision Transformers of CLIP and SigLIP (Dosovitskiy et al. 2020; Radford et al. 2021, section 2.4)."""
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -28,6 +29,8 @@ class VisionTransformer(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
+  attend: Callable | None = None
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, images, keys=None):
@@ -62,6 +65,8 @@ class VisionTransformer(nn.Module):
       activation=self.activation,
       norm_epsilon=self.norm_epsilon,
       dtype=self.dtype,
+      attend=self.attend,
+      remat=self.remat,
       name="transformer",
     )(x)
     norm = LayerNorm(self.norm_epsilon, self.dtype, name="norm_post")

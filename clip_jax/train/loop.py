@@ -33,7 +33,7 @@ from clip_jax.train.progress import Progress
 FREE_TO_CHANGE = (
   *("mesh", "eval", "checkpoint", "train.log_every"),
   *("data.threads", "data.prefetch", "data.block_cache", "data.read_deadline", "data.source"),
-  *("train.microbatches", "loss.method", "loss.chunk"),
+  *("train.attention", "train.remat", "train.microbatches", "loss.method", "loss.chunk"),
 )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from clip_jax.losses import global_batch, grad_cache
+from clip_jax.models import attention
 from clip_jax.models.clip import (
   CLIP,
   has_batch_norm,
@@ -46,7 +47,8 @@ def create(config, mesh):
 def train_step(config, mesh):
   """The step before jit: normalise, encode, loss over the global batch, gradients, update."""
   optimizer, schedule = optimizers.create(config)
-  module, loss_of, hold = CLIP(config.model), loss_with(config.loss, mesh), optimizers.frozen(config)
+  module = CLIP(config.model, attention.create(config.train.attention, mesh), config.train.remat)
+  loss_of, hold = loss_with(config.loss, mesh), optimizers.frozen(config)
 
   def held(params):
     # Constants to the derivative, so that nothing is kept, or computed, for a backward pass to them.

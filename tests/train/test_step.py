@@ -119,6 +119,30 @@ def test_both_methods_on_a_mesh_train_alike(name):
         np.testing.assert_allclose(ours[metric], value, rtol=2e-4, err_msg=f"{key} {metric}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape, microbatches", [((2, 2, 1), 1), ((2, 1, 1), 2)])
+def test_the_attention_kernel_trains_as_xlas(shape, microbatches):
+  """Two heads of 64 fill the lanes of the kernel."""
+  model = {"vision": {"patch_size": 8, "width": 128, "layers": 2, "heads": 2}, "text": {"context_length": 12, "width": 128, "layers": 1, "heads": 2}}
+  runs = {}
+  for name in ("xla", "pallas"):
+    more = {"global_batch_size": 16, "steps": 4, "attention": name, "microbatches": microbatches}
+    _, state, runs[name] = train(shape, model=model | {"image_size": 16, "embed_dim": 16}, train=more)
+  for ours, theirs in zip(runs["pallas"], runs["xla"], strict=True):
+    for key, value in theirs.items():
+      np.testing.assert_allclose(ours[key], value, rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["minimal", "full", "offload"])
+def test_what_is_computed_again_changes_nothing(alone, remat):
+  config, state, measured = train((2, 2, 1), train={"global_batch_size": 16, "steps": 4, "remat": remat})
+  for ours, theirs in zip(measured, alone[2], strict=True):
+    for name, value in theirs.items():
+      np.testing.assert_allclose(ours[name], value, rtol=2e-4, err_msg=name)
+  assert jax.tree.structure(state.params) == jax.tree.structure(alone[1].params)
+
+
 def test_duplicates_are_hidden_by_their_captions():
   config = resolved(loss={"mask_duplicates": True})
   mesh = meshes.create(config, jax.devices()[:1])
