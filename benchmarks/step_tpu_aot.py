@@ -1,0 +1,147 @@
+"""What does a training step need on a TPU slice that is not there? Compiles the step of recipes, and asks the compiler.
+
+    python benchmarks/step_tpu_aot.py
+    python benchmarks/step_tpu_aot.py --config vitl14 --topology v5e:16x16 --set train.remat=minimal
+    python benchmarks/step_tpu_aot.py --config vitl14 --topology v5p:4x4x4 --batch 4194304 --set train.microbatches=256
+
+Each row compiles the function that main.py runs, for every config on every topology. Without arguments it compiles
+`CASES`. `--save` writes what it found to benchmarks/results/step_tpu_aot.json, where a regression shows as a difference. Needs
+the extra `plan`; takes one to four minutes a row.
+"""
+
+import argparse
+import ast
+import functools
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where configs/ is
+
+import jax
+import jax.numpy as jnp
+
+from clip_jax import config as configs
+from clip_jax.losses import global_batch
+from clip_jax.parallel import mesh as meshes
+from clip_jax.parallel import rules
+from clip_jax.plan import compile as compiler
+from clip_jax.train import state as states
+from clip_jax.train import step as steps
+
+GIB = 2**30
+# What a program may use of a chip's memory, by the compiler's own message when it does not fit.
+USABLE = {"v5e": 15.75, "v5p": 95.74}
+RESULTS = Path(__file__).parent / "results" / "step_tpu_aot.json"
+CASES = [
+  ("vitb16", "v5e:16x16", 32_768, {}),
+  ("vitb16", "v5e:16x16", 32_768, {"train.attention": "xla"}),
+  ("vitb16", "v5e:16x16", 32_768, {"train.remat": "minimal"}),
+  ("vitb16", "v5e:16x16", 32_768, {"train.remat": "full"}),
+  ("vitl14", "v5e:16x16", 32_768, {"train.remat": "minimal"}),
+  ("vitl14", "v5e:16x16", 32_768, {"train.remat": "full"}),
+]
+
+
+def main():
+  """Compiles each row and prints it."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--config", nargs="+")
+  parser.add_argument("--topology", nargs="+", default=["v5e:16x16"])
+  parser.add_argument("--batch", type=int, default=32_768)
+  parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the config, as train.remat=full")
+  parser.add_argument("--save", action="store_true")
+  parser.add_argument("--json", action="store_true", help="print a list of objects")
+  arguments = parser.parse_args()
+  changes = dict(setting.split("=", 1) for setting in arguments.set)
+  cases = [(name, topology, arguments.batch, changes) for name in arguments.config or () for topology in arguments.topology]
+  rows = []
+  for case in cases or CASES:
+    rows.append(row(*case))
+    if not arguments.json:
+      show(rows[-1])
+  if arguments.save:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+  if arguments.json:
+    print(json.dumps(rows))
+
+
+def row(name, topology, batch, changes):
+  """Compiles one step and returns what the compiler says, or its error."""
+  recipe = importlib.import_module(f"configs.{name}").get_config()
+  recipe.train.global_batch_size = batch
+  for key, value in changes.items():
+    *groups, last = key.split(".")
+    functools.reduce(getattr, groups, recipe)[last] = value_of(value)
+  config = configs.resolve(recipe)
+  devices = compiler.devices(topology)
+  mesh = meshes.create(config, devices)
+  found = {
+    "config": name,
+    "topology": topology,
+    "chips": len(devices),
+    "batch": batch,
+    "remat": config.train.remat,
+    "changes": changes,
+    "pairs_at_a_time": batch // config.train.microbatches // len(devices),
+    "loss_method": global_batch.method_of(config.loss, batch, config.model.embed_dim, meshes.batch_shards(mesh)),
+    "usable_gib": USABLE.get(topology.partition(":")[0]),
+    "error": None,
+  }
+  start = time.monotonic()
+  try:
+    report = compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], inputs(config, mesh))
+  except compiler.OutOfMemoryError as error:
+    return found | {"error": str(error).splitlines()[0][:300]}
+  return found | {
+    "peak_hbm_gib": report.peak_bytes / GIB,
+    "arguments_gib": report.argument_bytes / GIB,
+    "flops": report.flops,
+    "bytes_accessed": report.bytes_accessed,
+    "collectives": report.collectives,
+    "compile_s": time.monotonic() - start,
+  }
+
+
+def value_of(text):
+  """What a setting on the command line means: a number, a tuple, or a word."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def inputs(config, mesh):
+  """Shapes and shardings of a batch."""
+  batch, size = config.train.global_batch_size, config.model.image_size
+  sharding = rules.batch_sharding(mesh)
+  return {
+    "images": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8, sharding=sharding),
+    "tokens": jax.ShapeDtypeStruct((batch, config.model.text.context_length), jnp.int32, sharding=sharding),
+  }
+
+
+def show(row):
+  """Prints a row."""
+  changes = " ".join(f"{key}={value}" for key, value in row["changes"].items())
+  about = f"{row['config']} {row['topology']} batch {row['batch']:,} {changes} ({row['pairs_at_a_time']} pairs a chip, {row['loss_method']})"
+  if row["error"]:
+    print(f"{about}: does not fit ({row['error']})", flush=True)
+    return
+  of = f" of {row['usable_gib']:.2f}" if row["usable_gib"] else ""
+  print(
+    f"{about}: peak {row['peak_hbm_gib']:.2f}{of} GiB, inputs {row['arguments_gib']:.2f} GiB; {row['flops'] / 1e12:,.2f} TFLOP, "
+    f"{row['bytes_accessed'] / 1e9:,.1f} GB; compiled in {row['compile_s']:.0f} s",
+    flush=True,
+  )
+  for kind, (count, size) in row["collectives"].items():
+    print(f"  {kind:<20}{count:>10,} times {size / 1e9:>10,.2f} GB", flush=True)
+
+
+if __name__ == "__main__":
+  main()
