@@ -42,7 +42,7 @@ CASES = [
   ("vitb16", "v5e:16x16", 32_768, {"train.attention": "xla"}),
   ("vitb16", "v5e:16x16", 32_768, {"train.remat": "minimal"}),
   ("vitb16", "v5e:16x16", 32_768, {"train.remat": "full"}),
-  ("vitl14", "v5e:16x16", 32_768, {"train.remat": "minimal"}),
+  ("vitl14", "v5e:16x16", 32_768, {"train.remat": "attention"}),
   ("vitl14", "v5e:16x16", 32_768, {"train.remat": "full"}),
 ]
 

@@ -52,7 +52,7 @@ def check(config):
   _check_loss(config.loss, config.model)
   one_of("config.train.init_tower", config.train.init_tower, ("both", "image", "text"))
   one_of("config.train.attention", config.train.attention, ("auto", "xla", "pallas"))
-  one_of("config.train.remat", config.train.remat, ("none", "minimal", "full", "offload"))
+  one_of("config.train.remat", config.train.remat, ("none", "minimal", "attention", "full", "offload"))
   _check_data(config.data)
   _check_ranges(
     ("train.seed", config.train.seed, 0, 2**32 - 1),

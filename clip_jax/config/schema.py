@@ -112,7 +112,7 @@ class Train:
   samples: int | None = None  # training pairs in all
   steps: int | None = None  # wins over samples
   attention: str = "auto"  # "xla", "pallas" (our kernel, for TPU), or what the platform has; the same but for rounding
-  remat: str = "none"  # what blocks compute again in the backward pass: "minimal", "full", or "offload" to the host's memory
+  remat: str = "none"  # what blocks compute again: "minimal", "attention" (all but that), "full", or "offload" to the host
   microbatches: int = 1  # parts that go through the towers one by one; the loss is that of the whole batch
   init_from: str = ""  # whose parameters to start from: anything that `clip_jax.load` reads
   init_tower: str = "both"  # or "image" or "text": the other tower starts from nothing

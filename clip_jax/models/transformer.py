@@ -25,6 +25,7 @@ _policies = jax.checkpoint_policies
 REMAT = {
   "none": None,  # what XLA keeps by itself
   "minimal": _policies.save_only_these_names(*KEPT),  # norms and activations are cheap
+  "attention": _policies.save_only_these_names("qkv", "mixed"),  # and the MLP, which is wide, is computed again
   "full": _policies.nothing_saveable,  # the inputs of blocks alone
   "offload": _policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[], names_which_can_be_offloaded=list(KEPT), offload_src="device", offload_dst="pinned_host"

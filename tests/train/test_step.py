@@ -134,7 +134,7 @@ def test_the_attention_kernel_trains_as_xlas(shape, microbatches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["minimal", "full", "offload"])
+@pytest.mark.parametrize("remat", ["minimal", "attention", "full", "offload"])
 def test_what_is_computed_again_changes_nothing(alone, remat):
   config, state, measured = train((2, 2, 1), train={"global_batch_size": 16, "steps": 4, "remat": remat})
   for ours, theirs in zip(measured, alone[2], strict=True):
