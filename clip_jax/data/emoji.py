@@ -23,7 +23,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tarfile
 import tempfile
 from collections import defaultdict
@@ -32,6 +31,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from clip_jax.data.progress import tell
 from clip_jax.errors import MissingExtraError
 
 # Part of the folder's name: a change of anything below that changes a byte of the shards needs a
@@ -119,7 +119,7 @@ def prepare(cache=None, log=None):
   Raises:
     MissingExtraError: a package that holds the drawings is not installed.
   """
-  log = log or (lambda line: print(line, file=sys.stderr, flush=True))
+  log = log or tell
   cache = Path(cache or os.environ.get("CLIP_JAX_CACHE") or "~/.cache/clip_jax").expanduser()
   folder = cache / f"emoji-v{VERSION}"
   if folder.is_dir():

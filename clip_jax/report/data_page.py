@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from clip_jax.data.inspection import Inspection
 from clip_jax.data.locations import redact
 from clip_jax.files import write_text
 from clip_jax.report import plots
-from clip_jax.report.page import TEMPLATES, Tile
+from clip_jax.report.page import Tile, pages
 
 COLUMNS = 36  # of a histogram
 SMALL_MODEL = 112  # pixels; up to here samples are enlarged so much that single pixels are shown sharp
@@ -30,17 +28,9 @@ def write(path: str | Path, found: Inspection, settings: dict[str, Any]):
     found: what was found, with samples.
     settings: the keys of `config.data`.
   """
-  style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(TEMPLATES),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
+  environment = pages()
   environment.filters.update(picture=_data_uri, percent=plots.percent)
   html = environment.get_template("data.html").render(
-    style=Markup(style),
     found=found.summary,
     tiles=tiles(found.summary),
     samples=found.samples,

@@ -95,7 +95,8 @@ def _read_object(path: Path, required: bool = True) -> dict[str, Any]:
   return content
 
 
-def _template() -> jinja2.Template:
+def pages() -> jinja2.Environment:
+  """What the templates of all pages are rendered with: what comes from data is escaped, and `style` is theirs."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES),
     autoescape=True,
@@ -103,14 +104,17 @@ def _template() -> jinja2.Template:
     trim_blocks=True,
     lstrip_blocks=True,
   )
+  environment.globals.update(style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")))
+  return environment
+
+
+def _template() -> jinja2.Template:
+  environment = pages()
   script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-  style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
   # The page's policy admits this one script by its hash: were data ever to slip through the
   # escaping, a browser would still not run it, nor load anything from anywhere.
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-  environment.globals.update(
-    script=Markup(script), style=Markup(style), script_hash=f"sha256-{digest}"
-  )
+  environment.globals.update(script=Markup(script), script_hash=f"sha256-{digest}")
   environment.filters.update(
     join_bar=lambda texts: "|".join(map(str, texts)),
     family=family,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip_jax import config as configs
-from clip_jax.data import dataset, pipeline
+from clip_jax.config import checks
+from clip_jax.data import dataset, pipeline, sources
 from clip_jax.data.dataset import Dataset
 from clip_jax.data.order import mixture
 from clip_jax.data.pipeline import BadRecords, train_batches
@@ -178,6 +179,18 @@ def test_filters_choose_when_a_set_is_opened(tmp_path, cache, capsys, kind, filt
   said = capsys.readouterr().err
   assert said.count(f"{len(kept)} of 6 records pass the filters") == 1  # the second time it was known
   assert all(name in said for name in filters)
+
+
+def test_labelled_records_without_captions_are_filtered_as_others(tmp_path):
+  path = str(tmp_path / "a.parquet")
+  rows = {"image": [picture(0, 100, 100, "jpeg"), picture(1, 20, 20, "jpeg")], "label": [3, 4]}
+  pq.write_table(pa.table(rows), path)
+  found = dataset.create(resolve(path=path, min_size=50))
+  assert [(found[i].captions, found[i].label) for i in range(len(found))] == [([], 3)]
+
+
+def test_the_config_names_the_formats_that_there_are():
+  assert checks.FORMATS[0] == "auto" and set(checks.FORMATS[1:]) == set(sources.FORMATS)
 
 
 def test_filters_that_nothing_passes(tmp_path):

@@ -5,13 +5,13 @@ import dataclasses
 import importlib.metadata
 import json
 import re
-import sys
 import threading
 
 from clip_jax import errors
 from clip_jax.data import locations
 from clip_jax.data.preparation import manifest, pipeline, reading, writing
 from clip_jax.data.preparation.settings import Settings
+from clip_jax.data.progress import tell
 from clip_jax.errors import MissingExtraError, UsageError
 
 INFO = "dataset_info.json"
@@ -41,7 +41,7 @@ def convert(pattern, out, settings=None, beam_options=(), log=None):
     StorageError: a store does not answer.
   """
   settings = settings or Settings()
-  log = log or (lambda line: print(line, file=sys.stderr, flush=True))
+  log = log or tell
   for path in (pattern, out):
     locations.check(path)
   new_graph = _beam(beam_options)

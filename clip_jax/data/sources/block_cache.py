@@ -6,9 +6,9 @@ read of a block costs about as much as one of a single record.
 
 import collections
 import concurrent.futures
-import sys
 import threading
 
+from clip_jax.data.progress import tell
 from clip_jax.data.sources.protocol import RandomAccess
 from clip_jax.errors import DataError
 
@@ -94,10 +94,10 @@ class BlockCache(RandomAccess):
       self._bytes -= sum(map(_size, records.values()))
       if len(records) > self._block // 2 and not self._told:
         self._told = True
-        print(
+        tell(
           f"Blocks are dropped before their records are used, and read again: data.block_cache={self._limit / 2**30:g} GiB "
-          "is too small for data.block * data.window * data.lanes records.", file=sys.stderr, flush=True,
-        )  # fmt: skip
+          "is too small for data.block * data.window * data.lanes records."
+        )
       records.clear()
 
 

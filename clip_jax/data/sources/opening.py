@@ -1,12 +1,12 @@
 """What the opening of a data set of many files takes: names of its columns, reading all files, an index that is kept."""
 
 import concurrent.futures
-import sys
 import time
 
 import numpy as np
 
 from clip_jax.data.locations import cache_folder, cache_key
+from clip_jax.data.progress import tell
 from clip_jax.errors import DataError, did_you_mean
 
 # What columns and features are called; the first that is there is read.
@@ -45,7 +45,7 @@ def each(function, paths, options, what):
 
 def log(options):
   """Where lines of progress go."""
-  return options.log or (lambda line: print(line, file=sys.stderr, flush=True))
+  return options.log or tell
 
 
 def kept(kind, paths, stamps, storage, build):

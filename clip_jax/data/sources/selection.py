@@ -2,12 +2,12 @@
 
 import dataclasses
 import os
-import sys
 
 import numpy as np
 
 from clip_jax.data import images
 from clip_jax.data.locations import cache_folder, cache_key
+from clip_jax.data.progress import tell
 from clip_jax.data.sources.protocol import RandomAccess
 from clip_jax.errors import DataError
 
@@ -74,7 +74,7 @@ class Selection(RandomAccess):
       DataError: no record passes.
     """
     self._source = source
-    log = log or (lambda line: print(line, file=sys.stderr, flush=True))
+    log = log or tell
     self.fingerprint = f"{source.fingerprint} {filters}"
     path = cache_folder("selection") / cache_key(self.fingerprint, str(len(source)))
     kind = np.dtype("<u4" if len(source) < 2**32 else "<u8")
@@ -129,7 +129,7 @@ def _read_facts(records):
     if isinstance(record, DataError):
       rows.append((0, 0, 1 << 30))
     else:
-      rows.append((*(images.header_size(record.image) or (0, 0)), len(record.captions[0].strip())))
+      rows.append((*(images.header_size(record.image) or (0, 0)), len(record.captions[0].strip()) if record.captions else 0))
   return np.array(rows, np.int64).T
 
 

@@ -10,13 +10,13 @@ import io
 import json
 import multiprocessing
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from clip_jax.data import images
 from clip_jax.data.locations import cache_folder, cache_key, is_remote
+from clip_jax.data.progress import tell
 from clip_jax.data.sources.protocol import MAX_CAPTION
 from clip_jax.data.sources.tar_members import BLOCK, Damaged, members
 from clip_jax.data.storage import Storage
@@ -65,7 +65,7 @@ class Index:
     """
     self._storage = storage or Storage()
     self._allow_truncated, self._rebuild, self._beside = allow_truncated, rebuild, beside
-    self._log = log or (lambda line: print(line, file=sys.stderr, flush=True))
+    self._log = log or tell
     stamps = self._storage.stamps(paths)
     self.key = cache_key(str(VERSION), str(allow_truncated), *paths, *stamps)
     joined = cache_folder("index") / f"{self.key}.joined"
