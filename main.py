@@ -2,12 +2,14 @@
 
 --config   a recipe: a Python file whose get_config() returns a ConfigDict
 --workdir  folder for checkpoints, metrics and the report
+--profile=START:END  traces steps START to END - 1 into WORKDIR/profile (docs/performance.md)
 --config.a.b=value  changes a key; clip_jax/config/schema.py says which there are
 
 Started again with the same work directory, it resumes what is there. Exit codes: 0 done, 2 wrong usage,
 config or input, 75 stopped early with everything saved, 1 anything else.
 """
 
+import os
 import re
 import sys
 
@@ -23,6 +25,7 @@ EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, such as configs/vitb16.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report.")
+PROFILE = flags.DEFINE_string("profile", None, "START:END, steps to trace into WORKDIR/profile; END is not traced.")
 
 
 def main(argv):
@@ -32,6 +35,7 @@ def main(argv):
     return 0
   try:
     config = parse(argv)
+    profile = window(PROFILE.value)
     # Imported after the flags are known to be right: a typing error should not cost seconds.
     from clip_jax import train
     from clip_jax.parallel import distributed
@@ -39,7 +43,7 @@ def main(argv):
 
     distributed.enable_compilation_cache()
     distributed.initialize()
-    result = train.run(config, WORKDIR.value)
+    result = train.run(config, WORKDIR.value, profile=profile)
     import jax
 
     if jax.process_index() == 0:
@@ -91,6 +95,20 @@ def parse(argv):
     raise UsageError(f"{recipe(argv)} cannot be loaded: {reason}") from error
 
 
+def window(text):
+  """The value of --profile as two numbers, or None if it was not given.
+
+  Raises:
+    UsageError: it is something else.
+  """
+  if text is None:
+    return None
+  match = re.fullmatch(r"(-?\d+):(-?\d+)", text)
+  if not match:
+    raise UsageError(f"--profile={text} is not START:END; 10:15 traces steps 10 to 14.")
+  return int(match[1]), int(match[2])
+
+
 def recipe(argv):
   """The flag that names the recipe, as it was given."""
   return next((arg for arg in argv if re.match(r"--?config(=|$)", arg)), "--config")
@@ -110,5 +128,18 @@ def tell(result, page, terminal):
   print(f"Done: {result.steps:,} steps. Report: {report}  Checkpoints: {workdir}/checkpoints")
 
 
+def use_huge_pages():
+  """Starts this program again with memory in pages of 2 MiB, where glibc can; the second time does nothing.
+
+  XLA:CPU gets its arrays from the system at every step and gives them back, and in pages of 4 KiB, each zeroed by itself, that is a
+  quarter of the step's time (docs/benchmarks.md, "XLA:CPU"). glibc reads the setting before any program begins.
+  """
+  setting, given = "glibc.malloc.hugetlb", os.environ.get("GLIBC_TUNABLES", "")
+  if sys.platform == "linux" and setting not in given:
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, f"{setting}=1")))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 if __name__ == "__main__":
+  use_huge_pages()
   sys.exit(main(sys.argv))

@@ -101,7 +101,8 @@ def load(path, model=None):
 
   Args:
     path: a work directory (its newest checkpoint is taken), one `checkpoints/STEP` folder, what `clip-jax import`
-      wrote, a Hugging Face or open_clip folder, or a file of tensors.
+      wrote, a Hugging Face or open_clip folder, or a file of tensors. Of a run that kept a moving average of its weights
+      it is the average.
     model: the model's name, for a file of tensors that does not say what it holds.
 
   Returns:

@@ -78,6 +78,7 @@ def get_config():
   config.train.steps = placeholder(int)  # wins over samples
   config.train.attention = "auto"
   config.train.remat = "none"
+  config.train.scan = False
   config.train.microbatches = 1
   config.train.init_from = ""
   config.train.init_tower = "both"
@@ -85,13 +86,24 @@ def get_config():
   config.train.log_every = 1
 
   config.optimizer = ConfigDict()
+  config.optimizer.name = "adamw"  # section 2.5
   config.optimizer.learning_rate = 5e-4  # table 20
+  config.optimizer.schedule = "cosine"  # section 2.5
   config.optimizer.warmup_steps = 2_000  # table 18
+  config.optimizer.warmup_samples = placeholder(int)  # wins over warmup_steps, and so below
+  config.optimizer.cooldown_steps = 0
+  config.optimizer.cooldown_samples = placeholder(int)
+  config.optimizer.timescale = 10_000
+  config.optimizer.timescale_samples = placeholder(int)
+  config.optimizer.end_learning_rate = 0.0
   config.optimizer.weight_decay = 0.2  # table 18
   config.optimizer.no_decay = r"(^|/)(\w*bias|scale|mean|var|logit_scale)$"  # "gains or biases", section 2.5
+  config.optimizer.decay_multipliers = ()
   config.optimizer.beta1 = 0.9  # table 18
   config.optimizer.beta2 = 0.98  # table 18, Vision Transformers
   config.optimizer.epsilon = 1e-6  # table 18, Vision Transformers
+  config.optimizer.mu_dtype = "float32"
+  config.optimizer.ema_decay = placeholder(float)
   config.optimizer.gradient_clip_norm = placeholder(float)
   config.optimizer.freeze = ""
   config.optimizer.lr_multipliers = ()
@@ -101,6 +113,10 @@ def get_config():
   config.mesh.data = -1
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
+  config.mesh.dcn_data = 1
+  config.mesh.sharding = "fsdp"
+  config.mesh.rules = ()
+  config.mesh.overrides = ()
 
   config.eval = ConfigDict()
   config.eval.every = 0

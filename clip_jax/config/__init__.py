@@ -81,7 +81,7 @@ def resolve(config):
     config: a `ConfigDict` or a nested dict with the keys above.
 
   Returns:
-    A `Config` whose model sizes and number of steps are all set.
+    A `Config` whose model sizes and numbers of steps are all set.
 
   Raises:
     ConfigError: an unknown key, a wrong type or an impossible combination; the message names the key,
@@ -89,9 +89,9 @@ def resolve(config):
   """
   plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
   resolved = _build(Config, plain, "config")
-  resolved = dataclasses.replace(
-    resolved, model=_named_sizes(resolved.model), train=_steps(resolved.train)
-  )
+  train = _steps(resolved.train)
+  optimizer = _spans(resolved.optimizer, train.global_batch_size)
+  resolved = dataclasses.replace(resolved, model=_named_sizes(resolved.model), train=train, optimizer=optimizer)
   checks.check(resolved)
   return resolved
 
@@ -138,7 +138,11 @@ def _build(cls, values, path):
 def _value(value, hint, path):
   origin, arguments = typing.get_origin(hint), typing.get_args(hint)
   if isinstance(hint, types.UnionType):
-    return None if value is None else _value(value, arguments[0], path)
+    if value is None and types.NoneType in arguments:
+      return None
+    # Of "a string or a tuple of strings" the one that the value may be.
+    listed = [typing.get_origin(argument) is tuple for argument in arguments]
+    return _value(value, arguments[listed.index(True) if any(listed) and isinstance(value, (tuple, list)) else 0], path)
   if dataclasses.is_dataclass(hint):
     return _build(hint, value, path)
   if origin is dict and isinstance(value, dict):
@@ -220,3 +224,19 @@ def _steps(train):
       f"({train.global_batch_size:,}) and steps at least 1."
     )
   return dataclasses.replace(train, steps=steps, samples=steps * train.global_batch_size)
+
+
+def _spans(optimizer, batch):
+  changes = {}
+  for steps, samples in (
+    ("warmup_steps", "warmup_samples"),
+    ("cooldown_steps", "cooldown_samples"),
+    ("timescale", "timescale_samples"),
+  ):
+    count, given = getattr(optimizer, steps), getattr(optimizer, samples)
+    if given is not None:
+      if given < 0:
+        raise ConfigError(f"config.optimizer.{samples}={given} must be at least 0.")
+      count = -(-given // batch)
+    changes |= {steps: count, samples: count * batch}
+  return dataclasses.replace(optimizer, **changes)

@@ -7,6 +7,8 @@ from fractions import Fraction
 
 from clip_jax.errors import ConfigError
 
+MESH_AXES = ("data", "fsdp", "tensor", "dcn_data")
+
 
 def check_devices(config, devices):
   """Checks that mesh and batch fit a number of devices.
@@ -14,11 +16,11 @@ def check_devices(config, devices):
   Raises:
     ConfigError: they do not; the message says which numbers would.
   """
-  sizes = dataclasses.asdict(config.mesh)
+  sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
   given = [size for size in sizes.values() if size != -1]
   fixed = math.prod(given)
-  if len(given) < 2:
-    raise ConfigError(f"config.mesh={sizes}: only one axis can be -1.")
+  if sizes["dcn_data"] == -1 or len(given) < len(sizes) - 1:
+    raise ConfigError(f"config.mesh={sizes}: only one of data, fsdp and tensor can be -1.")
   if min(given) < 1 or (devices % fixed if -1 in sizes.values() else devices != fixed):
     raise ConfigError(f"config.mesh={sizes} cannot be laid over {devices} devices.")
   tensor = devices // fixed if sizes["tensor"] == -1 else sizes["tensor"]
@@ -47,22 +49,17 @@ def check(config):
     ConfigError: a value or a combination of values that cannot be run.
   """
   check_model(config.model)
-  optimizer = config.optimizer
-  _check_patterns(optimizer)
+  _check_optimizer(config.optimizer)
   _check_loss(config.loss, config.model)
   one_of("config.train.init_tower", config.train.init_tower, ("both", "image", "text"))
   one_of("config.train.attention", config.train.attention, ("auto", "xla", "pallas"))
   one_of("config.train.remat", config.train.remat, ("none", "minimal", "attention", "full", "offload"))
+  _check_mesh(config.mesh)
   _check_data(config.data)
   _check_ranges(
     ("train.seed", config.train.seed, 0, 2**32 - 1),
     ("train.microbatches", config.train.microbatches, 1, 10**6),
     ("train.log_every", config.train.log_every, 1, 10**9),
-    ("optimizer.warmup_steps", optimizer.warmup_steps, 0, 10**9),
-    ("optimizer.beta1", optimizer.beta1, 0, 1),
-    ("optimizer.beta2", optimizer.beta2, 0, 1),
-    ("optimizer.learning_rate", optimizer.learning_rate, 0, 1e3),
-    ("optimizer.weight_decay", optimizer.weight_decay, 0, 1e3),
     ("eval.every", config.eval.every, 0, 10**9),
     ("eval.batch_size", config.eval.batch_size, 1, 10**6),
     ("checkpoint.every", config.checkpoint.every, 1, 10**9),
@@ -83,6 +80,28 @@ def check(config):
       raise ConfigError(f"{path}.templates: {bad[0]!r} must hold {{}} once, where the class name goes.")
 
 
+def _check_pattern(path, pattern):
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise ConfigError(f"{path}={pattern!r} is not a regular expression ({error}).") from error
+
+
+def _check_mesh(mesh):
+  one_of("config.mesh.sharding", mesh.sharding, ("fsdp", "zero1"))
+  for key, pairs in (("rules", [(axis, (to,)) for axis, to in mesh.rules]), ("overrides", mesh.overrides)):
+    for i, (_, spec) in enumerate(pairs):
+      for axes in spec:
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+          one_of(f"config.mesh.{key}[{i}][1]", axis, ("data", "fsdp", "tensor"))
+  for i, (axis, _) in enumerate(mesh.rules):
+    one_of(f"config.mesh.rules[{i}][0]", axis, LOGICAL_AXES)
+  for i, (pattern, _) in enumerate(mesh.overrides):
+    _check_pattern(f"config.mesh.overrides[{i}][0]", pattern)
+
+
+# Of parameters, as the modules in models/ name them.
+LOGICAL_AXES = ("embed", "heads", "mlp", "vocab")
 FORMATS = ("auto", "tar", "array_record", "tfds", "parquet", "folder", "emoji")
 MOST_WEIGHTS = 10**6
 
@@ -137,17 +156,55 @@ def _check_data(data):
     )
 
 
+def _check_optimizer(optimizer):
+  one_of("config.optimizer.name", optimizer.name, ("adamw", "lion", "adafactor", "muon"))
+  one_of("config.optimizer.mu_dtype", optimizer.mu_dtype, ("float32", "bfloat16"))
+  _check_ranges(
+    ("optimizer.beta1", optimizer.beta1, 0, 1),
+    ("optimizer.beta2", optimizer.beta2, 0, 1),
+    ("optimizer.learning_rate", optimizer.learning_rate, 0, 1e3),
+    ("optimizer.weight_decay", optimizer.weight_decay, 0, 1e3),
+  )
+  if optimizer.ema_decay is not None and not 0 < optimizer.ema_decay < 1:
+    raise ConfigError(f"config.optimizer.ema_decay={optimizer.ema_decay} must be more than 0 and less than 1.")
+  _check_schedule(optimizer)
+  _check_patterns(optimizer)
+
+
+def _check_schedule(optimizer):
+  one_of("config.optimizer.schedule", optimizer.schedule, ("cosine", "linear", "rsqrt", "constant"))
+  _check_ranges(
+    ("optimizer.warmup_steps", optimizer.warmup_steps, 0, 10**9),
+    ("optimizer.cooldown_steps", optimizer.cooldown_steps, 0, 10**9),
+    ("optimizer.timescale", optimizer.timescale, 1, 10**9),
+  )
+  end = optimizer.end_learning_rate
+  if not 0 <= end <= optimizer.learning_rate:
+    raise ConfigError(
+      f"config.optimizer.end_learning_rate={end} must lie between 0 and config.optimizer.learning_rate={optimizer.learning_rate}."
+    )
+  ends = optimizer.schedule in ("cosine", "linear")
+  if ends and optimizer.cooldown_steps:
+    raise ConfigError(
+      f"config.optimizer.cooldown_steps={optimizer.cooldown_steps:,} is for the schedules 'rsqrt' and 'constant'; "
+      f"{optimizer.schedule!r} goes down to the end by itself."
+    )
+  if end and not ends and not optimizer.cooldown_steps:
+    raise ConfigError(
+      f"config.optimizer.end_learning_rate={end} is never reached: {optimizer.schedule!r} needs config.optimizer.cooldown_steps "
+      "to get there."
+    )
+
+
 def _check_patterns(optimizer):
   patterns = [("no_decay", optimizer.no_decay), ("freeze", optimizer.freeze)]
-  for i, (pattern, factor) in enumerate(optimizer.lr_multipliers):
-    patterns.append((f"lr_multipliers[{i}][0]", pattern))
-    if factor < 0:
-      raise ConfigError(f"config.optimizer.lr_multipliers[{i}][1]={factor} must be at least 0.")
+  for key in ("lr_multipliers", "decay_multipliers"):
+    for i, (pattern, factor) in enumerate(getattr(optimizer, key)):
+      patterns.append((f"{key}[{i}][0]", pattern))
+      if not 0 <= factor < math.inf:
+        raise ConfigError(f"config.optimizer.{key}[{i}][1]={factor} must be at least 0, and finite.")
   for key, pattern in patterns:
-    try:
-      re.compile(pattern)
-    except re.error as error:
-      raise ConfigError(f"config.optimizer.{key}={pattern!r} is not a regular expression ({error}).") from error
+    _check_pattern(f"config.optimizer.{key}", pattern)
   if not 0 < optimizer.layer_decay <= 1:
     raise ConfigError(f"config.optimizer.layer_decay={optimizer.layer_decay} must be more than 0 and at most 1.")
 

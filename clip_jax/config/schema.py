@@ -113,6 +113,7 @@ class Train:
   steps: int | None = None  # wins over samples
   attention: str = "auto"  # "xla", "pallas" (our kernel, for TPU), or what the platform has; the same but for rounding
   remat: str = "none"  # what blocks compute again: "minimal", "attention" (all but that), "full", or "offload" to the host
+  scan: bool = False  # the blocks of a tower as one program in a loop: compiles in a third of the time
   microbatches: int = 1  # parts that go through the towers one by one; the loss is that of the whole batch
   init_from: str = ""  # whose parameters to start from: anything that `clip_jax.load` reads
   init_tower: str = "both"  # or "image" or "text": the other tower starts from nothing
@@ -122,15 +123,29 @@ class Train:
 
 @dataclass(frozen=True)
 class Optimizer:
-  """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay to zero."""
+  """What is done with gradients. docs/optimizers.md has the equations.
 
-  learning_rate: float = 5e-4
+  Spans of steps can be given in samples, too; then samples win, and a part of a batch counts as a step.
+  """
+
+  name: str = "adamw"  # or "lion", "adafactor" or "muon"
+  learning_rate: float = 5e-4  # at the end of the warm-up, which is linear
+  schedule: str = "cosine"  # after it: "cosine" or "linear" to the end; or "rsqrt" or "constant", which may have a cooldown
   warmup_steps: int = 2_000
+  warmup_samples: int | None = None
+  cooldown_steps: int = 0  # the last ones, linear to the end from where the schedule stands
+  cooldown_samples: int | None = None
+  timescale: int = 10_000  # steps of "rsqrt" after the warm-up until the rate has fallen to 0.71 of its peak
+  timescale_samples: int | None = None
+  end_learning_rate: float = 0.0  # after the last step
   weight_decay: float = 0.2
   no_decay: str = r"(^|/)(\w*bias|scale|mean|var|logit_scale)$"  # parameters left out of it, by path
-  beta1: float = 0.9
-  beta2: float = 0.98
-  epsilon: float = 1e-6
+  decay_multipliers: tuple[tuple[str, float], ...] = ()  # (regular expression, factor of it); the first match counts
+  beta1: float = 0.9  # of the first moment, or momentum
+  beta2: float = 0.98  # of the second moment; of Adafactor's the largest; of Lion's momentum
+  epsilon: float = 1e-6  # AdamW's
+  mu_dtype: str = "float32"  # or "bfloat16": what the first moment is kept in
+  ema_decay: float | None = None  # also keep a moving average of the weights, which is what is evaluated, exported and loaded
   gradient_clip_norm: float | None = None
   freeze: str = ""  # parameters that stay as they are, as a regular expression; they get no gradient and no moments
   lr_multipliers: tuple[tuple[str, float], ...] = ()  # (regular expression, factor) pairs; the first match counts
@@ -139,11 +154,15 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Mesh:
-  """Devices along each mesh axis; -1 takes what the others leave."""
+  """Devices along each mesh axis, -1 taking what the others leave, and what is split over which."""
 
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
+  data: int = -1  # in each slice; the batch is split over it
+  fsdp: int = 1  # the batch is split over it, too, and parameters are
+  tensor: int = 1  # heads and the MLP are split over it
+  dcn_data: int = 1  # slices of TPUs, or machines with GPUs, that are joined by the data-centre network; the batch is split over them
+  sharding: str = "fsdp"  # or "zero1": parameters whole on every device, the optimizer's state split over the batch's axes
+  rules: tuple[tuple[str, str | tuple[str, ...] | None], ...] = ()  # (logical axis, mesh axis or axes) before those of `sharding`
+  overrides: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = ()  # (parameter's path as a regular expression, mesh axis for each dimension)
 
 
 @dataclass(frozen=True)

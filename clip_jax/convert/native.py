@@ -1,7 +1,7 @@
 """Checkpoints of this project: the card that says what model the weights are of, and the weights, one by one.
 
-A checkpoint is an Orbax folder with the items `card` (JSON), `state` (with `params` in it) and, where the
-tokenizer is not CLIP's own, `tokenizer` (JSON that holds the file).
+A checkpoint is an Orbax folder with the items `card` (JSON), `state` (with `params` in it and, in runs that keep a moving
+average of them, `ema`, which is what is read) and, where the tokenizer is not CLIP's own, `tokenizer` (JSON that holds the file).
 """
 
 import itertools
@@ -88,7 +88,10 @@ def _read_json(folder, item):
 
 
 class Params:
-  """The parameters of a checkpoint, read one by one, each whole whatever devices it was sharded over."""
+  """The weights of a checkpoint, read one by one, each whole whatever devices it was sharded over.
+
+  They are the moving average of the parameters, if the run kept one, and the parameters otherwise.
+  """
 
   def __init__(self, folder):
     """Reads what there is.
@@ -102,7 +105,9 @@ class Params:
     self._folder = Path(folder).absolute() / "state"
     self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     try:
-      tree = self._checkpointer.metadata(self._folder).item_metadata.tree["params"]
+      tree = self._checkpointer.metadata(self._folder).item_metadata.tree
+      self._item = "ema" if "ema" in tree else "params"
+      tree = tree[self._item]
     except Exception as error:  # Orbax and TensorStore raise what they like
       raise UsageError(f"{folder} is not a whole checkpoint: its arrays cannot be read.") from error
     self._waiting = {}
@@ -139,11 +144,11 @@ class Params:
     return names
 
   def _restore(self, names):
-    item = flax.traverse_util.unflatten_dict({f"params/{name}": self._metadata[name] for name in names}, sep="/")
+    item = flax.traverse_util.unflatten_dict({f"{self._item}/{name}": self._metadata[name] for name in names}, sep="/")
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
     try:
-      restored = self._checkpointer.restore(self._folder, args=args)["params"]
+      restored = self._checkpointer.restore(self._folder, args=args)[self._item]
     except Exception as error:
       raise UsageError(f"{self._folder}: {names[0]} cannot be read ({str(error).splitlines()[0]}).") from error
     return {name: np.asarray(array) for name, array in flax.traverse_util.flatten_dict(restored, sep="/").items()}

@@ -1,7 +1,5 @@
 """CLIP: two towers and one temperature (Radford et al. 2021, figure 3)."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clip_jax.models.resnet import STATISTICS, ModifiedResNet
 from clip_jax.models.text import TextTransformer
-from clip_jax.models.transformer import parameter
+from clip_jax.models.transformer import How, parameter
 from clip_jax.models.vit import VisionTransformer
 
 
@@ -18,13 +16,11 @@ class CLIP(nn.Module):
 
   Attributes:
     config: a resolved `clip_jax.config.Model` (no size left open).
-    attend: how sequences attend to themselves, as `attention.create` makes it; `attention.dense` if None.
-    remat: what blocks keep for the backward pass: a name of `transformer.REMAT`.
+    how: how the Transformers of it compute.
   """
 
   config: object
-  attend: Callable | None = None
-  remat: str = "none"
+  how: How = How()
 
   def setup(self):
     config = self.config
@@ -34,8 +30,7 @@ class CLIP(nn.Module):
       activation=config.activation,
       norm_epsilon=config.norm_epsilon,
       dtype=dtype,
-      attend=self.attend,
-      remat=self.remat,
+      how=self.how,
     )
     vision, text = config.vision, config.text
     if vision.kind == "resnet":

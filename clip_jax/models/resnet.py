@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.transformer import Attention, matmul, parameter
+from clip_jax.models.products import matmul
+from clip_jax.models.transformer import Attention, parameter
 
 EPSILON = 1e-5  # of batch norms
 MOMENTUM = 0.1  # share of the batch in the new running statistics; both are torch's defaults

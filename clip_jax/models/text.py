@@ -1,12 +1,10 @@
 """The text Transformers of CLIP (Radford et al. 2021, section 2.4) and SigLIP (Zhai et al. 2023)."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.transformer import LayerNorm, Transformer, parameter
+from clip_jax.models.transformer import How, LayerNorm, Transformer, parameter
 
 
 class TextTransformer(nn.Module):
@@ -29,8 +27,7 @@ class TextTransformer(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
-  attend: Callable | None = None
-  remat: str = "none"
+  how: How = How()
 
   @nn.compact
   def __call__(self, tokens, keys=None):
@@ -58,8 +55,7 @@ class TextTransformer(nn.Module):
       activation=self.activation,
       norm_epsilon=self.norm_epsilon,
       dtype=self.dtype,
-      attend=self.attend,
-      remat=self.remat,
+      how=self.how,
       name="transformer",
     )(x)
     if self.causal:

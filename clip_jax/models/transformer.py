@@ -9,6 +9,7 @@ Parameters are float32; `dtype` is what the matrix products run in. LayerNorm st
 softmax are float32 whatever `dtype` is.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from clip_jax.models import attention
+from clip_jax.models.products import add_bias, matmul
 
 # What a block keeps from the forward for the backward pass; the rest is computed again (Chen et al. 2016, sublinear memory).
 # The names are those of the matrix products' results, and of attention's.
@@ -40,22 +42,26 @@ ACTIVATIONS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class How:
+  """How a model computes. Its parameters do not depend on it, nor what it computes, but for rounding.
+
+  Attributes:
+    attend: attention of a sequence to itself, as `attention.create` makes it; `attention.dense` if None.
+    remat: what blocks keep for the backward pass: a name of `REMAT`.
+    scan: whether the blocks of a tower are one program that is run in a loop, which compiles sooner.
+    spread: a function that lays an array whose first axis is the batch over the devices; the compiler's choice if None.
+  """
+
+  attend: Callable | None = None
+  remat: str = "none"
+  scan: bool = False
+  spread: Callable | None = None
+
+
 def parameter(init, *axes):
   """An initialiser whose result is annotated with logical axis names."""
   return nn.with_logical_partitioning(init, axes)
-
-
-def matmul(x, kernel):
-  """[..., in] @ [in, out] -> [..., out].
-
-  XLA:CPU runs the gradients of a product with two leading axes at about 0.6 of the speed of the same
-  product with one; on TPU that reshape would copy, because lengths such as 197 do not fill tiles.
-  """
-
-  def flat(x, kernel):
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-  return jax.lax.platform_dependent(x, kernel, cpu=flat, default=jnp.matmul)
 
 
 class LayerNorm(nn.Module):
@@ -92,7 +98,7 @@ class Dense(nn.Module):
     bias = self.param("bias", parameter(nn.initializers.zeros, self.axes[1]), (self.features,))
     product = matmul(x, kernel.astype(self.dtype))
     product = product if self.keep is None else checkpoint_name(product, self.keep)
-    return product + bias.astype(self.dtype)
+    return add_bias(product, bias.astype(self.dtype))
 
 
 class Attention(nn.Module):
@@ -138,10 +144,10 @@ class Attention(nn.Module):
       flat = checkpoint_name(matmul(x, kernel), "qkv")
       if self.attend is not None and attention.fits(x.shape[1], width, self.heads):
         return self._out(width, self.attend(flat, bias, self.heads, self.causal))
-      parts = jnp.split(flat + bias, 3, axis=-1)
+      parts = jnp.split(add_bias(flat, bias), 3, axis=-1)
     else:
-      first = matmul(query, kernel[:, :width]) + bias[:width]
-      parts = [first, *jnp.split(matmul(x, kernel[:, width:]) + bias[width:], 2, axis=-1)]
+      first = add_bias(matmul(query, kernel[:, :width]), bias[:width])
+      parts = [first, *jnp.split(add_bias(matmul(x, kernel[:, width:]), bias[width:]), 2, axis=-1)]
     query, key, value = (part.reshape(*part.shape[:2], self.heads, size) for part in parts)
     mixed = attention.dense(query, key, value, self.causal, self.dtype)
     return self._out(width, mixed.reshape(*query.shape[:2], width))
@@ -183,7 +189,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """A stack of blocks. Takes and returns [batch, length, width]."""
+  """A stack of blocks. Takes and returns [batch, length, width].
+
+  In a loop or not, parameters are the same, a block each: the loop stacks them itself, so that checkpoints, rules and exports
+  know one layout only.
+  """
 
   layers: int
   heads: int
@@ -192,23 +202,36 @@ class Transformer(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
-  attend: Callable | None = None
-  remat: str = "none"
+  how: How = How()
 
   @nn.compact
   def __call__(self, x):
-    policy = REMAT[self.remat]
+    policy = REMAT[self.how.remat]
+    sizes = dict(
+      heads=self.heads,
+      mlp_width=self.mlp_width,
+      layers=self.layers,
+      causal=self.causal,
+      activation=self.activation,
+      norm_epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+      attend=self.how.attend,
+    )
+    if self.how.spread is not None:
+      # Said once: from a sharded table of embeddings the compiler would go on with the width sharded, and gather it in each block.
+      x = self.how.spread(x)
+    names = [f"block_{i}" for i in range(self.layers)]
+    if self.how.scan and not self.is_initializing():
+      blocks = self.variables["params"]
+      stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[name] for name in names))
+
+      def run(x, params):
+        return Block(**sizes, parent=None).apply({"params": params}, x), None
+
+      # Inside a loop nothing can be computed twice by mistake, which `prevent_cse` is there to stop.
+      run = run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
+      return jax.lax.scan(run, x, stacked)[0]
     block = Block if policy is None else nn.remat(Block, policy=policy)
-    for i in range(self.layers):
-      x = block(
-        heads=self.heads,
-        mlp_width=self.mlp_width,
-        layers=self.layers,
-        causal=self.causal,
-        activation=self.activation,
-        norm_epsilon=self.norm_epsilon,
-        dtype=self.dtype,
-        attend=self.attend,
-        name=f"block_{i}",
-      )(x)
+    for name in names:
+      x = block(**sizes, name=name)(x)
     return x

@@ -1,14 +1,14 @@
 """The Vision Transformers of CLIP and SigLIP (Dosovitskiy et al. 2020; Radford et al. 2021, section 2.4)."""
 
 import math
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.models.transformer import Attention, LayerNorm, Transformer, matmul, mlp, parameter
+from clip_jax.models.products import matmul
+from clip_jax.models.transformer import Attention, How, LayerNorm, Transformer, mlp, parameter
 
 
 class VisionTransformer(nn.Module):
@@ -29,8 +29,7 @@ class VisionTransformer(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
-  attend: Callable | None = None
-  remat: str = "none"
+  how: How = How()
 
   @nn.compact
   def __call__(self, images, keys=None):
@@ -65,8 +64,7 @@ class VisionTransformer(nn.Module):
       activation=self.activation,
       norm_epsilon=self.norm_epsilon,
       dtype=self.dtype,
-      attend=self.attend,
-      remat=self.remat,
+      how=self.how,
       name="transformer",
     )(x)
     norm = LayerNorm(self.norm_epsilon, self.dtype, name="norm_post")

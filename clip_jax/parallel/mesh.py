@@ -1,4 +1,4 @@
-"""The device mesh: axes `data`, `fsdp` and `tensor`."""
+"""The device mesh: axes `data`, `fsdp` and `tensor`, over one slice or several."""
 
 import math
 
@@ -6,6 +6,7 @@ import jax
 from jax.experimental import mesh_utils
 
 from clip_jax.config import check_devices
+from clip_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the batch is sharded over both; parameters over fsdp and tensor
@@ -24,7 +25,8 @@ def create(config, devices=None):
     devices: devices to use; all of them if not given.
 
   Returns:
-    A `jax.sharding.Mesh` with the axes of `AXES`.
+    A `jax.sharding.Mesh` with the axes of `AXES`. With `mesh.dcn_data` above 1, neighbours along all axes are in one slice, and
+    only whole parts of `data` lie in different ones, so that what is summed over it alone crosses the slower network.
 
   Raises:
     ConfigError: the mesh or the batch does not fit the number of devices.
@@ -33,11 +35,24 @@ def create(config, devices=None):
   check_devices(config, len(devices))
   sizes = [getattr(config.mesh, axis) for axis in AXES]
   if -1 in sizes:
-    known = 1
-    for size in sizes:
-      known *= max(size, 1)
-    sizes[sizes.index(-1)] = len(devices) // known
-  array = mesh_utils.create_device_mesh(sizes, devices)
+    sizes[sizes.index(-1)] = len(devices) // (config.mesh.dcn_data * math.prod(size for size in sizes if size != -1))
+  array = _over_slices(config.mesh.dcn_data, sizes, devices)
   # Flax linen's logical partitioning leaves placement to the compiler between annotations.
   auto = (jax.sharding.AxisType.Auto,) * len(AXES)
   return jax.sharding.Mesh(array, AXES, axis_types=auto)
+
+
+def _over_slices(count, sizes, devices):
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  processes = len({device.process_index for device in devices})
+  if count not in (slices, 1 if slices > 1 else processes, 1):
+    raise ConfigError(
+      f"config.mesh.dcn_data={count} must be 1, the number of slices ({slices}), or, without slices, of processes ({processes})."
+    )
+  if slices > 1 and count == 1:
+    raise ConfigError(f"config.mesh.dcn_data=1, and the devices are in {slices} slices; set it to {slices}.")
+  if count == 1:
+    return mesh_utils.create_device_mesh(sizes, devices)
+  return mesh_utils.create_hybrid_device_mesh(
+    sizes, (count, *[1] * (len(sizes) - 1)), devices, process_is_granule=slices == 1
+  )

@@ -1,5 +1,6 @@
 """Checkpoints while training: the whole state, saved beside the card that says what model it is of."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class Checkpoints:
       records: length of the data set, which the order of examples depends on.
     """
     card = native.card(self._config.model, step=step, records=records)
-    items = {"state": ocp.args.StandardSave(state), "card": ocp.args.JsonSave(card)}
+    items = {"state": ocp.args.StandardSave(_fields(state)), "card": ocp.args.JsonSave(card)}
     if self._tokenizer is not None:
       items["tokenizer"] = ocp.args.JsonSave(self._tokenizer.to_dict())
     self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -68,8 +69,8 @@ class Checkpoints:
       A `TrainState`.
     """
     step = self.latest_step()
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(described))
-    return self._manager.restore(step, args=args)["state"]
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(described)))
+    return described.replace(**self._manager.restore(step, args=args)["state"])
 
   def records(self):
     """The length of the data set that the newest checkpoint was trained on."""
@@ -83,3 +84,8 @@ class Checkpoints:
   def close(self):
     """Waits, and stops the threads that save."""
     self._manager.close()
+
+
+def _fields(state):
+  # Without the moving average where there is none: Orbax would write that, and look for it in checkpoints from before there was one.
+  return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if getattr(state, field.name) is not None}

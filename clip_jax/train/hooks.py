@@ -1,4 +1,4 @@
-"""What happens beside training: logging, evaluation, checkpoints. Each hook has one job and one period.
+"""What happens beside training: logging, evaluation, checkpoints, profiles. Each hook has one job and one period.
 
 A hook is called after each step with the number of steps done, the state and the step's metrics, which
 are still being computed: reading one waits for the device.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from clip_jax.errors import UsageError
 from clip_jax.files import write_text
 
 
@@ -24,9 +25,10 @@ class Clock:
 
   @contextlib.contextmanager
   def waiting(self):
-    """Counts the time inside as waiting for data."""
+    """Counts the time inside as waiting for data, and names it in a trace."""
     start = time.perf_counter()
-    yield
+    with jax.profiler.TraceAnnotation("waiting for data"):
+      yield
     self.waited += time.perf_counter() - start
 
   @contextlib.contextmanager
@@ -40,7 +42,7 @@ class Clock:
 class Log:
   """Writes training metrics, one step late so that the device never waits for it."""
 
-  def __init__(self, writer, config, clock, start, show):
+  def __init__(self, writer, config, clock, start, measure, show):
     """Prepares.
 
     Args:
@@ -48,9 +50,10 @@ class Log:
       config: a resolved `Config`.
       clock: the loop's `Clock`.
       start: updates done before this run.
+      measure: a function from samples per second to more values, such as a `performance.Meter`.
       show: called with the step and its values, for a person to see.
     """
-    self._writer, self._train, self._clock, self._show = writer, config.train, clock, show
+    self._writer, self._train, self._clock, self._measure, self._show = writer, config.train, clock, measure, show
     self._pending, self._wrong = None, False
     self._mark = (start, time.perf_counter(), 0.0, 0.0)
 
@@ -77,6 +80,7 @@ class Log:
     seconds = max(now - last - (beside - last_beside), 1e-9)
     batch = self._train.global_batch_size
     values["samples_per_second"] = (step - last_step) * batch / seconds
+    values |= self._measure(values["samples_per_second"])
     values["data_wait"] = min((waited - last_waited) / seconds, 1.0)
     self._mark = step, now, waited, beside
     self._writer.write(step, step * batch, values)
@@ -109,7 +113,7 @@ class Evaluate:
     with self._clock.paused():
       values, examples = {}, []
       for evaluator in self._evaluators:
-        scores, seen = evaluator(state.params)
+        scores, seen = evaluator(state.weights)
         values |= scores
         examples += seen
         if last:
@@ -151,6 +155,92 @@ class Save:
     with self._clock.paused():
       self._writer.sync()
       self._checkpoints.save(step, state, self._records)
+
+
+class Profile:
+  """Traces a window of steps, for XProf and Perfetto.
+
+  Only the first process does: its devices run what all run. A run that ends inside the window writes what it has.
+  """
+
+  def __init__(self, window, start, config, clock, workdir):
+    """Prepares.
+
+    Args:
+      window: the first step to trace and the first not to trace any more, as `metrics.jsonl` numbers them; or None.
+      start: updates done before this run. If they include the window's beginning its rest is traced, and of a window that is over nothing.
+      config: a resolved `Config`.
+      clock: the loop's `Clock`.
+      workdir: the trace is written to its folder `profile`.
+    """
+    self._folder, self._clock, self._tracing = Path(workdir) / "profile", clock, False
+    self._first = self._last = self._done = 0
+    if window is None or jax.process_index() > 0:
+      return
+    first, end = window
+    if start + 1 >= end:
+      print(f"profile: nothing is traced, because step {end - 1:,} was done before.", file=sys.stderr, flush=True)
+    else:
+      self._first, self._last = max(first, start + 1), min(end - 1, config.train.steps)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._write()
+
+  def step(self, number):
+    """A context for a step, from waiting for its data on, that gives it its number in the trace."""
+    if not self._first <= number <= self._last:
+      return contextlib.nullcontext()
+    if number == self._first:
+      with self._clock.paused():
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # the calls of decoding threads would fill the trace
+        jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
+        self._tracing = True
+    self._done = number
+    return jax.profiler.StepTraceAnnotation("train", step_num=number)
+
+  def __call__(self, step, state, metrics):
+    """Waits for the device at both ends of the window, so that all of its steps are in the trace, and nothing else."""
+    if step in (self._first - 1, self._last):
+      jax.block_until_ready(metrics)
+    if step == self._last:
+      self._write()
+
+  def _write(self):
+    if not self._tracing:
+      return
+    self._tracing = False
+    with self._clock.paused():
+      jax.profiler.stop_trace()
+    perfetto = max(self._folder.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    print(
+      f"\nprofile: steps {self._first:,} to {self._done:,} are traced. Look at them with `xprof {self._folder}` (pip install xprof), "
+      f"or open {perfetto} in https://ui.perfetto.dev.",
+      file=sys.stderr,
+      flush=True,
+    )
+
+
+def check_window(window, steps):
+  """Checks that a window of steps to trace makes sense.
+
+  Args:
+    window: a pair of ints: the first step to trace, and the first not to trace any more.
+    steps: updates of the whole run.
+
+  Raises:
+    UsageError: it has no step of the run.
+  """
+  first, end = window
+  if first < 1:
+    raise UsageError(f"--profile={first}:{end} begins before the first step, which is 1.")
+  if end <= first:
+    raise UsageError(f"--profile={first}:{end} has no steps: END comes after START and is not traced; {first}:{first + 5} has five.")
+  if first > steps:
+    raise UsageError(f"--profile={first}:{end} begins after the last step of the run, which is {steps:,}.")
 
 
 def examples_page(examples):

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clu import parameter_overview
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as configs
@@ -25,7 +24,7 @@ from clip_jax.files import write_text
 from clip_jax.losses import global_batch
 from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
-from clip_jax.train import checkpoint, environment, hooks, metrics, step
+from clip_jax.train import checkpoint, environment, hooks, metrics, performance, step
 from clip_jax.train import state as states
 from clip_jax.train.progress import Progress
 
@@ -33,7 +32,7 @@ from clip_jax.train.progress import Progress
 FREE_TO_CHANGE = (
   *("mesh", "eval", "checkpoint", "train.log_every"),
   *("data.threads", "data.prefetch", "data.block_cache", "data.read_deadline", "data.source"),
-  *("train.attention", "train.remat", "train.microbatches", "loss.method", "loss.chunk"),
+  *("train.attention", "train.remat", "train.scan", "train.microbatches", "loss.method", "loss.chunk"),
 )
 
 
@@ -57,21 +56,24 @@ class Result:
     return self.step == self.steps
 
 
-def run(config, workdir):
+def run(config, workdir, profile=None):
   """Trains, or resumes what the work directory holds.
 
   Args:
     config: a `ConfigDict` or a nested dict; see `clip_jax.config`.
     workdir: folder for everything the run writes; made if missing.
+    profile: steps to trace into its folder `profile`, a pair of ints: the first, and the first not to trace any more.
 
   Returns:
     A `Result`. On SIGTERM or SIGINT the step is finished, everything is saved, and the result is not
     complete: the same call goes on from there.
 
   Raises:
-    UsageError: the config, the data or the work directory cannot be used.
+    UsageError: the config, the data, the work directory or the steps to trace cannot be used.
   """
   config = configs.resolve(config)
+  if profile is not None:
+    hooks.check_window(profile, config.train.steps)
   workdir = Path(workdir)
   mesh = meshes.create(config)
   try:
@@ -85,7 +87,7 @@ def run(config, workdir):
       check_same_run(workdir, config)
     if start >= config.train.steps:
       return Result(start, config.train.steps, start)
-    return _train(config, workdir, mesh, checkpoints, start)
+    return _train(config, workdir, mesh, checkpoints, start, profile)
   finally:
     checkpoints.close()
 
@@ -115,9 +117,12 @@ def check_same_run(workdir, config):
 
 
 def describe_run(workdir, config, described):
-  """Writes `config.json`, `environment.json` and `parameters.txt`, a table with each one's sharding."""
-  table = parameter_overview.get_parameter_overview(described.params, include_stats="sharding")
-  write_text(workdir / "parameters.txt", table + "\n")
+  """Writes `config.json`, `environment.json` and `parameters.txt`, which says what of the state lies where; prints that of parameters."""
+  parts = [("parameters", described.params), ("optimizer", described.opt_state)]
+  if described.ema is not None:
+    parts.append(("moving average", described.ema))
+  write_text(workdir / "parameters.txt", rules.table(parts) + "\n")
+  print(rules.table(parts[:1]), file=sys.stderr, flush=True)
   write_text(workdir / "config.json", json.dumps(_as_json(config), indent=2) + "\n")
   write_text(workdir / "environment.json", json.dumps(environment.describe(), indent=2) + "\n")
 
@@ -142,7 +147,7 @@ def differences(old, new, prefix=""):
       yield f"{prefix}{key}", a, b
 
 
-def _train(config, workdir, mesh, checkpoints, start):
+def _train(config, workdir, mesh, checkpoints, start, profile):
   batch = config.train.global_batch_size
   data = dataset.create(config)
   records = list(data.lengths) if config.data.mixture else len(data)
@@ -168,9 +173,11 @@ def _train(config, workdir, mesh, checkpoints, start):
       state = states.start_from(state, config, weights)
   writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
-  log = hooks.Log(writer, config, clock, start, progress or (lambda step, values: None))
+  measure = performance.Meter(config, list(mesh.devices.flat))
+  log = hooks.Log(writer, config, clock, start, measure, progress or (lambda step, values: None))
   save = hooks.Save(checkpoints, records, log, writer, config, clock)
-  every_step = (log, hooks.Evaluate(evaluators, log, writer, config, clock, workdir), save)
+  trace = hooks.Profile(profile, start, config, clock, workdir)
+  every_step = (trace, log, hooks.Evaluate(evaluators, log, writer, config, clock, workdir), save)
 
   bad = pipeline.BadRecords(workdir / "bad_records.jsonl", config.data.max_bad_share)
   rows = rules.local_rows(mesh, batch)
@@ -178,11 +185,12 @@ def _train(config, workdir, mesh, checkpoints, start):
   train_step = step.create(config, mesh)
   done = start
   try:
-    with StopSignals(mesh) as stop:
+    with StopSignals(mesh) as stop, trace:
       for done in range(start + 1, config.train.steps + 1):
-        with clock.waiting():
-          local = next(batches)
-        state, measured = train_step(state, rules.to_global(local, mesh, batch))
+        with trace.step(done):
+          with clock.waiting():
+            local = next(batches)
+          state, measured = train_step(state, rules.to_global(local, mesh, batch))
         for hook in every_step:
           hook(done, state, measured)
         if stop.requested():

@@ -1,13 +1,17 @@
-"""AdamW with decoupled weight decay, linear warm-up and cosine decay (Radford et al. 2021, section 2.5)."""
+"""Optimizers by name, and what differs by parameter: weight decay, learning rate, what is frozen. Sources: docs/optimizers.md."""
 
+import math
 import operator
 import re
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from clip_jax.errors import ConfigError
+from clip_jax.parallel.rules import path_name
+from clip_jax.train import schedule as schedules
 
 
 def create(config):
@@ -21,12 +25,12 @@ def create(config):
     a function from the step (0 before the first update) to the learning rate.
   """
   optimizer = config.optimizer
-  schedule = warmup_cosine(optimizer.learning_rate, optimizer.warmup_steps, config.train.steps)
+  schedule = schedules.create(optimizer, config.train.steps)
   clip = optimizer.gradient_clip_norm
   transforms = [
     optax.clip_by_global_norm(clip) if clip is not None else optax.identity(),
-    optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.epsilon),
-    optax.add_decayed_weights(optimizer.weight_decay, decay_mask(optimizer.no_decay)),
+    DIRECTIONS[optimizer.name](optimizer),
+    add_weight_decay(optimizer),
     optax.scale_by_learning_rate(schedule),
   ]
   if optimizer.lr_multipliers or optimizer.layer_decay != 1:
@@ -37,6 +41,82 @@ def create(config):
   parts = {"trained": chain, "frozen": optax.set_to_zero()}
   hold = frozen(config)
   return optax.partition(parts, lambda params: jax.tree.map(lambda f: "frozen" if f else "trained", hold(params))), schedule
+
+
+def adamw(optimizer):
+  """Adam's direction (Kingma & Ba 2015); with the weight decay that every optimizer here has, Loshchilov & Hutter's AdamW."""
+  return optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon, mu_dtype=jnp.dtype(optimizer.mu_dtype))
+
+
+def lion(optimizer):
+  """The sign of a mean of momentum and gradient (Chen et al. 2023, arXiv 2302.06675, algorithm 2)."""
+  return optax.scale_by_lion(optimizer.beta1, optimizer.beta2, jnp.dtype(optimizer.mu_dtype))
+
+
+# What the second longest axis must have for squares to be factored: the authors' number, as a head is shorter than optax's 128.
+FACTORED_FROM = 32
+
+
+def adafactor(optimizer):
+  """Adafactor with a first moment, and without learning rates relative to the parameters (Zhai et al. 2022, arXiv 2106.04560).
+
+  Squares of gradients are kept as means over the rows and over the columns of a matrix (Shazeer & Stern 2018, arXiv 1804.04235,
+  sections 3, 6 and 7.2), updates are clipped to a root mean square of 1, and then averaged.
+  """
+
+  def decay(step, exponent):
+    return jnp.minimum(optimizer.beta2, 1 - (jnp.float32(step) + 1) ** -exponent)
+
+  return optax.chain(
+    optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=FACTORED_FROM, decay_rate_fn=decay),
+    optax.clip_by_block_rms(1.0),
+    optax.ema(optimizer.beta1, debias=False, accumulator_dtype=jnp.dtype(optimizer.mu_dtype)),
+  )
+
+
+# The matrices of blocks, of a Transformer alone; queries, keys and values are three of them in one array.
+MATRICES = re.compile(r"/transformer/block_\d+/(attention/(qkv_kernel|out/kernel)|mlp_(in|out)/kernel)$")
+MATRIX = MuonDimensionNumbers(reduction_axis=0, output_axis=(1,))
+QKV = MuonDimensionNumbers(reduction_axis=0, output_axis=(2, 3))  # [width, 3, heads, size]; the axis that is left out counts them
+# The root mean square of AdamW's updates, as the authors found it: learning rates and decay carry over (Liu et al. 2025, section 2.2).
+MUON_RMS = 0.2
+
+
+def muon(optimizer):
+  """Orthogonalised momentum for the matrices in Transformer blocks, AdamW's direction for everything else.
+
+  Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon); Liu et al. 2025 (arXiv 2502.16982).
+  """
+
+  def axes_of(name, _):
+    return QKV if name.endswith("qkv_kernel") else MATRIX
+
+  def rescale(name, update):
+    rows, columns = update.shape[0], math.prod(update.shape[axis] for axis in axes_of(name, update).output_axis)
+    return MUON_RMS * max(rows, columns) ** 0.5 * update
+
+  momentum = scale_by_muon(
+    beta=optimizer.beta1,
+    mu_dtype=jnp.dtype(optimizer.mu_dtype),
+    nesterov=True,
+    weight_dimension_numbers=lambda params: _by_path(params, axes_of),
+  )
+  parts = {"muon": optax.chain(momentum, optax.stateless(lambda updates, _: _by_path(updates, rescale))), "adamw": adamw(optimizer)}
+  return optax.partition(parts, lambda params: _by_path(params, lambda name, _: "muon" if MATRICES.search(name) else "adamw"))
+
+
+DIRECTIONS = {"adamw": adamw, "lion": lion, "adafactor": adafactor, "muon": muon}
+
+
+def add_weight_decay(optimizer):
+  """Decoupled weight decay (Loshchilov & Hutter 2019): what `no_decay` matches is left out, factors come from `decay_multipliers`."""
+  factor_of = first_match(optimizer.decay_multipliers)
+
+  def add(name, update, param):
+    rate = optimizer.weight_decay * factor_of(name)
+    return update + rate * param if rate else update
+
+  return optax.masked(optax.stateless(lambda updates, params: _by_path(updates, add, params)), decay_mask(optimizer.no_decay))
 
 
 def check_patterns(config, params):
@@ -51,7 +131,8 @@ def check_patterns(config, params):
   """
   names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   patterns = [("freeze", config.optimizer.freeze)] if config.optimizer.freeze else []
-  patterns += [(f"lr_multipliers[{i}]", pattern) for i, (pattern, _) in enumerate(config.optimizer.lr_multipliers)]
+  for key in ("lr_multipliers", "decay_multipliers"):
+    patterns += [(f"{key}[{i}]", pattern) for i, (pattern, _) in enumerate(getattr(config.optimizer, key))]
   for key, pattern in patterns:
     if not any(re.search(pattern, name) for name in names):
       raise ConfigError(f"config.optimizer.{key}={pattern!r} matches no parameter; they are named like {names[0]} and {names[-1]}.")
@@ -67,7 +148,17 @@ def frozen(config):
 def matching(pattern):
   """Whose path a regular expression finds a match in, as a function from a tree of parameters to a tree of bools."""
   pattern = re.compile(pattern)
-  return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: bool(pattern.search(path_name(path))), params)
+  return lambda params: _by_path(params, lambda name, _: bool(pattern.search(name)))
+
+
+def first_match(multipliers):
+  """The factor of the first pattern that a parameter's path matches, or 1, as a function from paths.
+
+  Args:
+    multipliers: pairs of a regular expression and a factor.
+  """
+  patterns = [(re.compile(pattern), factor) for pattern, factor in multipliers]
+  return lambda name: next((factor for pattern, factor in patterns if pattern.search(name)), 1.0)
 
 
 def multiplier(config):
@@ -79,14 +170,13 @@ def multiplier(config):
   2106.08254).
   """
   optimizer, model = config.optimizer, config.model
-  patterns = [(re.compile(pattern), factor) for pattern, factor in optimizer.lr_multipliers]
+  matched = first_match(optimizer.lr_multipliers)
   resnet = model.vision.kind == "resnet"
   top = {"image": 5 if resnet else model.vision.layers + 1, "text": model.text.layers + 1}
 
   def factor_of(name):
-    factor = next((factor for pattern, factor in patterns if pattern.search(name)), 1.0)
     tower = name.split("/")[0]
-    return factor * optimizer.layer_decay ** (top[tower] - _layer(name, top[tower]) if tower in top else 0)
+    return matched(name) * optimizer.layer_decay ** (top[tower] - _layer(name, top[tower]) if tower in top else 0)
 
   return factor_of
 
@@ -101,25 +191,24 @@ def _layer(name, top):
 
 def scale_by_path(factor_of):
   """An `optax.GradientTransformation` that multiplies each update by a factor that its path alone decides."""
-  return optax.stateless(
-    lambda updates, _: jax.tree_util.tree_map_with_path(lambda path, u: u * factor_of(path_name(path)), updates)
-  )
+  return optax.stateless(lambda updates, _: _by_path(updates, lambda name, update: update * factor_of(name)))
 
 
-def warmup_cosine(peak, warmup_steps, total_steps):
-  """Linear from 0 over the warm-up, then half a cosine down to 0 at the end.
+def moving_average(average, params, updates, decay):
+  """A moving average of parameters, one update on.
 
-  The first update uses `peak / warmup_steps`, not 0: an update of nothing would be a step lost. A run
-  shorter than its warm-up ends on the way up.
+  Args:
+    average: float32 arrays like the parameters.
+    params: parameters after the update.
+    updates: updates done, this one included; a scalar.
+    decay: what is kept of the average from one update to the next; at most (1 + updates) / (10 + updates), so that what was
+      there before training is soon forgotten (as in TensorFlow's ExponentialMovingAverage).
+
+  Returns:
+    Arrays like `average`; equal to it, to the last bit, where the parameter is.
   """
-
-  def schedule(step):
-    warm = (step + 1) / max(warmup_steps, 1)
-    done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1)))
-    return peak * jnp.where(step < warmup_steps, warm, cosine)
-
-  return schedule
+  share = jnp.maximum(1 - decay, 9 / (10 + updates))
+  return jax.tree.map(lambda old, new: old + share * (new - old), average, params)
 
 
 def decay_mask(no_decay):
@@ -136,6 +225,5 @@ def decay_mask(no_decay):
   return lambda params: jax.tree.map(operator.not_, spared(params))
 
 
-def path_name(path):
-  """A key path of `jax.tree_util` as "image/transformer/block_0/norm_1/scale"."""
-  return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+def _by_path(tree, function, *others):
+  return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *others)

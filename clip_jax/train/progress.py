@@ -8,7 +8,10 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-  """Shows step, loss, speed, the share of time spent waiting for data, and the time left."""
+  """Shows step, loss, speed, the share of time spent waiting for data, and the time left.
+
+  Where they are known, also model FLOPs utilisation and the most memory that was in use.
+  """
 
   def __init__(self, config, start, file=None):
     """Prepares.
@@ -46,7 +49,12 @@ class Progress:
     self._rate += share * (values["samples_per_second"] - self._rate)
     self._wait += share * (values["data_wait"] - self._wait)
     seconds = (self._steps - step) * self._batch / self._rate
-    return f"{self._rate:,.0f} samples/s  data wait {self._wait:.0%}  {duration(seconds)} left"
+    parts = [f"{self._rate:,.0f} samples/s", f"data wait {self._wait:.0%}", f"{duration(seconds)} left"]
+    if "peak_memory_gib" in values:
+      parts.insert(1, f"{values['peak_memory_gib']:.1f} GiB")
+    if "mfu" in values:  # smooth as the speed is, of which it is a constant part
+      parts.insert(1, f"MFU {values['mfu'] / values['samples_per_second'] * self._rate:.0%}")
+    return "  ".join(parts)
 
   def close(self):
     """Leaves the last line standing."""

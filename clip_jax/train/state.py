@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax.data.pipeline import file_tokenizer_for
 from clip_jax.errors import UsageError
@@ -24,11 +25,18 @@ class TrainState:
     step: int32 scalar, updates done.
     params: float32 parameters of `clip_jax.models.clip.CLIP`.
     opt_state: of the optax chain in `clip_jax.train.optimizer`.
+    ema: a moving average of the parameters; None if `optimizer.ema_decay` is.
   """
 
   step: jax.Array
   params: dict
   opt_state: tuple
+  ema: dict | None = None
+
+  @property
+  def weights(self):
+    """What the model is used with: the moving average of its parameters if there is one."""
+    return self.params if self.ema is None else self.ema
 
 
 def describe(config, mesh):
@@ -52,25 +60,45 @@ def describe(config, mesh):
 
   def create():
     params = nn.unbox(init())
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    ema = None if config.optimizer.ema_decay is None else params
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
   shapes = jax.eval_shape(create)
   optimizers.check_patterns(config, shapes.params)
-  params = rules.shardings_of(jax.eval_shape(init), mesh)
-  by_path = {optimizers.path_name(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
+  params, moments = rules.parameter_shardings(jax.eval_shape(init), mesh, config.mesh)
+  opt_state = _shardings_of_moments(shapes.opt_state, _with_shardings(shapes.params, moments), mesh)
+  shardings = TrainState(rules.replicated(mesh), params, opt_state, None if shapes.ema is None else moments)
+  return _with_shardings(shapes, shardings), create
 
-  def of_moment(path, _):
-    # Moments are laid out like the parameters they belong to, whose path theirs ends with.
+
+def _with_shardings(shapes, shardings):
+  return jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings)
+
+
+# Adafactor's means of squares are over one axis of the parameter; optax takes the largest for the first, the next for the second.
+MEANS = {"v_row": -1, "v_col": -2}
+
+
+def _shardings_of_moments(opt_state, params, mesh):
+  # Moments are laid out like the parameters they belong to, whose path theirs ends with.
+  by_path = {rules.path_name(path): param for path, param in jax.tree_util.tree_leaves_with_path(params)}
+
+  def place(path, moment):
     keys = [key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    names = (optimizers.path_name(keys[i:]) for i in range(len(keys)))
-    return next((by_path[name] for name in names if name in by_path), rules.replicated(mesh))
+    names = (rules.path_name(keys[i:]) for i in range(len(keys)))
+    param = next((by_path[name] for name in names if name in by_path), None)
+    if param is None:
+      return rules.replicated(mesh)
+    if moment.shape == param.shape:
+      return param.sharding
+    rank = next((MEANS[name] for key in path if (name := getattr(key, "name", "")) in MEANS), None)
+    if rank is not None and len(param.shape) > 1:
+      axis, spec = np.argsort(param.shape)[rank], tuple(param.sharding.spec)
+      if moment.shape == (*param.shape[:axis], *param.shape[axis + 1 :]):
+        return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+    return rules.replicated(mesh)  # a number that stands where nothing is kept
 
-  opt_state = jax.tree_util.tree_map_with_path(of_moment, shapes.opt_state)
-  shardings = TrainState(rules.replicated(mesh), params, opt_state)
-  described = jax.tree.map(
-    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
-  )
-  return described, create
+  return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
 def create(config, mesh):
@@ -89,7 +117,7 @@ def start_from(state, config, source):
       embeddings are interpolated.
 
   Returns:
-    The state, with the step and the optimizer as they are.
+    The state, with the step and the optimizer as they are. A moving average starts from the same parameters.
 
   Raises:
     UsageError: the parameters are those of another model; the message names the first that does not fit.
@@ -104,6 +132,7 @@ def start_from(state, config, source):
     if name not in wanted or name not in source.shapes:
       raise UsageError(f"{name} is in only one of config.model and config.train.init_from: they are different models.")
   placed = dict(wanted)
+  averages = None if state.ema is None else flax.traverse_util.flatten_dict(state.ema, sep="/")
   for name in names:
     old, new = wanted[name], source.read(name)
     if name in ("image/pos_embed", "image/pool/pos_embed"):
@@ -114,8 +143,11 @@ def start_from(state, config, source):
         "different models."
       )
     new = np.asarray(new, old.dtype)
-    placed[name] = jax.make_array_from_callback(old.shape, old.sharding, lambda part, new=new: new[part])
-  return state.replace(params=flax.traverse_util.unflatten_dict(placed, sep="/"))
+    for arrays in (placed, averages):
+      if arrays is not None:
+        arrays[name] = jax.make_array_from_callback(old.shape, old.sharding, lambda part, new=new: new[part])
+  params, ema = (arrays and flax.traverse_util.unflatten_dict(arrays, sep="/") for arrays in (placed, averages))
+  return state.replace(params=params, ema=ema)
 
 
 def _check_same_model(wanted, given, tower):

@@ -1,5 +1,6 @@
 """The training step: one pure function of state and batch."""
 
+import functools
 import math
 
 import jax
@@ -15,6 +16,7 @@ from clip_jax.models.clip import (
   with_statistics,
   without_statistics,
 )
+from clip_jax.models.transformer import How
 from clip_jax.parallel import rules
 from clip_jax.train import optimizer as optimizers
 from clip_jax.train.state import describe, shardings_of
@@ -47,7 +49,7 @@ def create(config, mesh):
 def train_step(config, mesh):
   """The step before jit: normalise, encode, loss over the global batch, gradients, update."""
   optimizer, schedule = optimizers.create(config)
-  module = CLIP(config.model, attention.create(config.train.attention, mesh), config.train.remat)
+  module = CLIP(config.model, how(config.train, mesh))
   loss_of, hold = loss_with(config.loss, mesh), optimizers.frozen(config)
 
   def held(params):
@@ -80,6 +82,11 @@ def train_step(config, mesh):
       # Radford et al. 2021, section 2.5: clipped after each update, not inside the loss, so that its
       # gradient never vanishes.
       params = {**params, "logit_scale": jnp.minimum(params["logit_scale"], math.log(largest))}
+    ema = state.ema
+    if ema is not None:
+      ema = optimizers.moving_average(ema, params, state.step + 1, config.optimizer.ema_decay)
+      if batch_norm:  # running statistics are averages already
+        ema = with_statistics(ema, statistics)
     metrics = {
       "loss": loss,
       "learning_rate": schedule(state.step),
@@ -89,10 +96,22 @@ def train_step(config, mesh):
     }
     if "logit_bias" in state.params:
       metrics["logit_bias"] = state.params["logit_bias"]
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
     return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
   return step
+
+
+def how(config, mesh):
+  """How the towers of a run compute.
+
+  Args:
+    config: a `clip_jax.config.Train`.
+    mesh: the device mesh.
+  """
+  batch = rules.batch_sharding(mesh)
+  spread = functools.partial(jax.lax.with_sharding_constraint, shardings=batch)
+  return How(attention.create(config.attention, mesh), config.remat, config.scan, spread)
 
 
 def embed_with(module, batch_norm=False):

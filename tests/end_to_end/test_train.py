@@ -1,5 +1,6 @@
 """`python main.py` as people run it: in real processes, killed, stopped, resumed, on several hosts."""
 
+import gzip
 import io
 import json
 import os
@@ -135,13 +136,17 @@ def test_killed_at_any_moment_the_run_ends_bit_identical(start, undisturbed, tmp
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_stopped_by_a_signal_it_saves_says_so_and_goes_on(start, undisturbed, tmp_path, number):
   workdir = tmp_path / "run"
-  process = start(workdir)
+  process = start(workdir, "--profile=5:1000")
   wait_for_step(process, workdir, 7)
   process.send_signal(number)
   out, err = finish(process, code=75)
   step = int(re.search(r"Stopped after step (\d+) of 40, all saved", out)[1])
   assert step >= 7 and (workdir / "checkpoints" / str(step)).is_dir()
   assert f"{number.name}: finishing this step and saving" in err
+  assert f"profile: steps 5 to {step} are traced." in err
+  (trace,) = (workdir / "profile").rglob("perfetto_trace.json.gz")
+  events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+  assert [int(event["args"]["step_num"]) for event in events if event.get("name") == "train"] == list(range(5, step + 1))
   finish(start(workdir))
   assert_same_run(workdir, undisturbed)
 
@@ -365,7 +370,7 @@ def test_a_real_vit_b_16_trains_from_an_img2dataset_folder(tmp_path):
   lines = training_lines(workdir)
   # At initialisation every pair is as likely as any other: ln 8 = 2.08, and the paper's warm-up is slow.
   assert [line["step"] for line in lines] == [1, 2] and all(1.5 < line["loss"] < 3.5 for line in lines)
-  assert "Total: 149,620,737" in (workdir / "parameters.txt").read_text()
+  assert "parameters: 149,620,737 numbers" in (workdir / "parameters.txt").read_text()
   shutil.rmtree(workdir)  # 1.8 GB
 
 
@@ -378,6 +383,8 @@ def test_a_real_vit_b_16_trains_from_an_img2dataset_folder(tmp_path):
     ([f"--config={RECIPE}"], "--workdir is missing"),
     ([f"--config={RECIPE}", "--workdir=x", "--config.train.stepz=1"], "Did you mean steps?"),
     ([f"--config={RECIPE}", "--workdir=x", "--config.train.steps=soon"], "train.steps=soon"),
+    ([f"--config={RECIPE}", "--workdir=x", "--profile=soon"], "--profile=soon is not START:END; 10:15 traces steps 10 to 14."),
+    ([f"--config={RECIPE}", "--workdir=WORK", "--profile=41:45"], "--profile=41:45 begins after the last step of the run, which is 40."),
     ([f"--config={RECIPE}", "--workdir=x", "--speed=1"], "Unknown command line flag 'speed'"),
     ([f"--config={RECIPE}", "--workdir=x", "train"], "'train' is not a flag"),
     ([f"--config={RECIPE}", "--workdir=/proc/x", "--config.data.path=x"], "--workdir=/proc/x cannot be made"),

@@ -10,6 +10,13 @@ import pytest
 from clip_jax import config as configs
 from clip_jax.models import size, zoo
 from clip_jax.models.clip import CLIP, initial_params, without_statistics
+from clip_jax.parallel import mesh as meshes
+from clip_jax.parallel import rules
+from clip_jax.plan import hlo
+from clip_jax.train import state as states
+from clip_jax.train import step as steps
+from clip_jax.train.optimizer import path_name
+from tests.conftest import tiny
 from tests.convert import models
 
 # open_clip's docs/model_profile.csv: millions of parameters, GFLOPs of the image and of the text tower, where one
@@ -92,7 +99,13 @@ def test_sizes_are_those_of_the_model(kind):
   config = configs.model_from_dict({"name": kind}) if kind in NAMED else models.model(kind)
   params = jax.eval_shape(lambda: initial_params(config, jax.random.key(0)))
   params = nn.unbox(params)
-  assert size.parameters(config) == sum(leaf.size for leaf in jax.tree.leaves(without_statistics(params)))
+  trained = jax.tree_util.tree_leaves_with_path(without_statistics(params))
+  assert size.parameters(config) == sum(leaf.size for _, leaf in trained)
+  listed = {}
+  for part in [*size.image_parts(config), *size.text_parts(config)]:
+    if part.path:
+      listed[part.path] = listed.get(part.path, 0) + part.size
+  assert listed == {path_name(path): leaf.size for path, leaf in trained if "/" in path_name(path)}  # not the logit scale
   pixels = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.uint8)
   tokens = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
 
@@ -101,3 +114,77 @@ def test_sizes_are_those_of_the_model(kind):
 
   image, text = counted(encode("encode_image"), params, pixels), counted(encode("encode_text"), params, tokens)
   assert size.forward_macs(config) == (image, text)
+
+
+VIT = dict(
+  image_size=64, embed_dim=64,
+  vision=dict(patch_size=8, width=128, layers=3, heads=4), text=dict(context_length=32, width=96, layers=2, heads=4),
+)  # fmt: skip
+SIGLIP = dict(
+  image_size=64, embed_dim=128, logit_bias_init=-10.0,
+  vision=dict(kind="siglip", patch_size=8, width=128, layers=3, heads=4, mlp_width=300),
+  text=dict(kind="siglip", context_length=16, width=96, layers=2, heads=2),
+)  # fmt: skip
+RESNET = {**VIT, "vision": dict(kind="resnet", stages=(1, 2, 1, 1), width=32, heads=8)}
+FEWER = {**VIT, "vision": {**VIT["vision"], "patch_drop": 0.5}, "text": {**VIT["text"], "train_length": 16}}
+SIGMOID = dict(name="sigmoid", max_logit_scale=None)
+LOWER_HALF = "^image/(patch_kernel|class_embedding|pos_embed|norm_pre|transformer/block_[01]/)"
+
+
+def compiled_and_written_out(batch=8, **sections):
+  """FLOPs of a pair in the products of the whole training step as it is compiled here, and by `size`; and the config."""
+  train = {"global_batch_size": batch, "steps": 1, **sections.pop("train", {})}
+  config = configs.resolve(tiny(train=train, **sections))
+  mesh = meshes.create(config, jax.devices()[:1])
+  model, sharding = config.model, rules.batch_sharding(mesh)
+  inputs = {
+    "images": jax.ShapeDtypeStruct((batch, model.image_size, model.image_size, 3), jnp.uint8, sharding=sharding),
+    "tokens": jax.ShapeDtypeStruct((batch, model.text.context_length), jnp.int32, sharding=sharding),
+  }
+  compiled = steps.create(config, mesh).lower(states.describe(config, mesh)[0], inputs).compile()
+  found = hlo.account(compiled.as_text()).product_flops / batch
+  return found, size.training_flops(model, batch, config.loss.name, config.optimizer.freeze), config
+
+
+# What remains is what the compiler finds to be the same: the logits of a batch that is one tile, forward and backward, and the
+# projection of a pooling's query, which all images share.
+@pytest.mark.parametrize(
+  "model, loss, freeze",
+  [
+    (VIT, {}, ""),
+    (FEWER, {}, ""),
+    (SIGLIP, SIGMOID, ""),
+    (RESNET, {}, ""),
+    (VIT, {}, "^image/"),  # a locked tower has no backward pass
+    (VIT, {}, LOWER_HALF),  # nor has the locked bottom of one
+    (SIGLIP, SIGMOID, "^image/(?!head)"),
+    (RESNET, {}, "^image/(stem|stage_0)"),
+  ],
+  ids=["vit", "fewer", "siglip", "resnet", "locked image", "locked half", "head only", "locked stages"],
+)
+def test_training_flops_are_those_of_the_compiled_step(model, loss, freeze):
+  compiled, written_out, _ = compiled_and_written_out(model=model, loss=loss, optimizer={"freeze": freeze})
+  assert written_out == pytest.approx(compiled, rel=1e-3)
+
+
+@pytest.mark.parametrize("loss, bias", [({}, None), (SIGMOID, -10.0)], ids=["softmax", "sigmoid"])
+def test_the_loss_is_a_large_part_of_small_towers_in_a_large_batch(loss, bias):
+  model = {"embed_dim": 128, "logit_bias_init": bias}
+  compiled, written_out, config = compiled_and_written_out(2048, model=model, loss={"chunk": 512, **loss})
+  alone = size.training_flops(config.model, 0, config.loss.name)
+  assert written_out - alone == size.LOSS_PRODUCTS[config.loss.name] * 2 * 2048 * 128 > 0.5 * written_out
+  assert written_out == pytest.approx(compiled, rel=1e-3)
+
+
+def test_what_is_computed_twice_counts_once():
+  compiled, written_out, config = compiled_and_written_out(model=VIT, train={"microbatches": 2})
+  assert compiled == pytest.approx(written_out + 2 * sum(size.forward_macs(config.model)), rel=1e-3)
+  compiled, again, _ = compiled_and_written_out(model=VIT, train={"remat": "full"})
+  assert again == written_out and compiled > 1.2 * written_out
+
+
+def test_frozen_parameters_without_products_spare_nothing():
+  config = configs.resolve(tiny(model=VIT)).model
+  assert size.training_flops(config, 8, freeze="(bias|scale)$") == size.training_flops(config, 8)
+  one = size.training_flops(config, 8) - size.training_flops(config, 8, freeze="image/projection")
+  assert one == 2 * 128 * 64  # the product for its own gradient; that for what lies below stays

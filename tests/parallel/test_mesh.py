@@ -69,7 +69,7 @@ def test_the_batch_axes_are_axes_and_tensor_is_not_among_them():
     ({"data": 3}, 12, "cannot be laid over 8 devices"),
     ({"data": 4}, 16, "cannot be laid over 8 devices"),  # half of the devices would idle
     ({"data": -1, "fsdp": 16}, 16, "cannot be laid over 8 devices"),
-    ({"data": -1, "fsdp": -1}, 16, "only one axis can be -1"),
+    ({"data": -1, "fsdp": -1}, 16, "only one of data, fsdp and tensor can be -1"),
     ({"data": -1, "fsdp": 0}, 16, "cannot be laid over 8 devices"),
     ({"data": 8}, 12, "cannot be split over 8 devices"),
     ({"data": 1, "fsdp": 1, "tensor": 8}, 16, "must divide the heads"),

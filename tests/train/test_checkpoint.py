@@ -2,18 +2,23 @@
 
 import json
 
+import flax
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from clip_jax import config as configs
 from clip_jax.convert import native, sources
 from clip_jax.errors import UsageError
 from clip_jax.parallel import mesh as meshes
+from clip_jax.parallel import rules
 from clip_jax.train import checkpoint
 from clip_jax.train import state as states
+from clip_jax.train import step as steps
 from tests.conftest import tiny
 from tests.convert.models import small_tokenizer
+from tests.models.test_clip import inputs
 
 SIGLIP_TEXT = dict(kind="siglip", context_length=9, width=16, layers=1, heads=2)
 
@@ -53,6 +58,55 @@ def test_restores_bit_for_bit_on_any_mesh(saved, shape):
   assert_same(got, want)
   for array, shape_ in zip(jax.tree.leaves(got), jax.tree.leaves(described), strict=True):
     assert array.sharding == shape_.sharding
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_a_run_with_a_moving_average_goes_on_bit_for_bit(tmp_path, name):
+  optimizer = {**tiny()["optimizer"], "name": name, "mu_dtype": "bfloat16", "ema_decay": 0.9}
+  config, mesh = made((1, 2, 1), optimizer=optimizer)
+  step = steps.create(config, mesh)
+
+  def train(state, seed):
+    images, tokens = inputs(config.model, rows=16, seed=seed)
+    return step(state, rules.to_global({"images": images, "tokens": tokens}, mesh, 16))[0]
+
+  state = train(train(states.create(config, mesh), 0), 1)
+  before = jax.device_get(state)
+  checkpoints = checkpoint.Checkpoints(tmp_path, config)
+  checkpoints.save(2, state, 77)
+  checkpoints.wait()
+  restored = checkpoints.restore(states.describe(config, mesh)[0])
+  checkpoints.close()
+  assert_same(restored, before)
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  assert_same(train(restored, 2), train(state, 2))
+
+  # What the model is used with, and what another run starts from, is the average.
+  source, fresh = sources.find(tmp_path), states.create(config, mesh)
+  started = states.start_from(fresh, config, source)
+  for weights in (source.params(), started.params, started.ema):
+    assert_same(weights, before.ema)
+  assert np.any(before.ema["image"]["projection"] != before.params["image"]["projection"])
+
+
+def test_without_a_moving_average_a_checkpoint_is_what_it_was_before_there_was_one(saved, tmp_path):
+  @flax.struct.dataclass
+  class Before:
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+
+  workdir, config, want = saved
+  mesh = made((2, 2, 2))[1]
+  state = states.create(config, mesh)
+  (tmp_path / "checkpoints").mkdir()
+  with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+    manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(Before(state.step, state.params, state.opt_state))))
+  new, old = (json.loads((folder / "checkpoints/3/state/_METADATA").read_text()) for folder in (workdir, tmp_path))
+  assert new == old
+  checkpoints = checkpoint.Checkpoints(tmp_path, config)
+  assert_same(checkpoints.restore(states.describe(config, mesh)[0]), want)
+  checkpoints.close()
 
 
 def test_the_card_names_the_model_completely(saved):

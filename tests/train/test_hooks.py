@@ -6,6 +6,7 @@ import json
 import pytest
 
 from clip_jax import config as configs
+from clip_jax.errors import UsageError
 from clip_jax.train import hooks
 from clip_jax.train.progress import Progress, duration
 from tests.conftest import tiny
@@ -38,6 +39,7 @@ class Saved:
 
 class State:
   params = {"the": "parameters"}
+  weights = {"what": "is used"}
 
 
 class Evaluator:
@@ -56,6 +58,11 @@ def ignore(step, values):
   del step, values
 
 
+def nothing(samples_per_second):
+  del samples_per_second
+  return {}
+
+
 def test_each_hook_keeps_its_period_and_the_end(tmp_path):
   config = configs.resolve(
     tiny(
@@ -66,7 +73,7 @@ def test_each_hook_keeps_its_period_and_the_end(tmp_path):
   )
   writer, clock, evaluator = Written(), hooks.Clock(), Evaluator()
   saved = Saved(writer)
-  log = hooks.Log(writer, config, clock, 0, ignore)
+  log = hooks.Log(writer, config, clock, 0, nothing, ignore)
   evaluate = hooks.Evaluate([evaluator], log, writer, config, clock, tmp_path)
   save = hooks.Save(saved, 9, log, writer, config, clock)
   for step in range(1, 8):
@@ -77,7 +84,7 @@ def test_each_hook_keeps_its_period_and_the_end(tmp_path):
   assert training == [(2, 32), (4, 64), (6, 96), (7, 112)]
   assert list(evaluated) == [3, 6, 7]
   assert [step for step, v in evaluated.items() if "eval/x/nearest_pixels_R@1" in v] == [7]
-  assert evaluator.seen == [State.params] * 3
+  assert evaluator.seen == [State.weights] * 3
   assert saved.steps == [4, 7]
   assert [step for step, _, _ in writer.lines] == sorted(step for step, _, _ in writer.lines)
   page = json.loads((tmp_path / "examples.json").read_text())
@@ -89,7 +96,7 @@ def test_evaluation_is_not_training_time_and_waiting_is_a_share(monkeypatch):
   monkeypatch.setattr(hooks.time, "perf_counter", lambda: now[0])
   config = configs.resolve(tiny(train={"global_batch_size": 10, "steps": 9}, eval={"batch_size": 16}))
   writer, clock = Written(), hooks.Clock()
-  log = hooks.Log(writer, config, clock, 0, ignore)
+  log = hooks.Log(writer, config, clock, 0, lambda rate: {"mfu": rate / 1000}, ignore)
   for step in (1, 2):
     with clock.waiting():
       now[0] += 0.01
@@ -102,6 +109,7 @@ def test_evaluation_is_not_training_time_and_waiting_is_a_share(monkeypatch):
   # Ten samples in 0.04 s; with the evaluation it would be 3.04 s.
   assert values["samples_per_second"] == pytest.approx(250)
   assert values["data_wait"] == pytest.approx(0.25)
+  assert values["mfu"] == pytest.approx(0.25)  # of the rate without the evaluation
 
 
 def test_progress_without_a_terminal_is_plain_lines_first_and_last():
@@ -114,6 +122,15 @@ def test_progress_without_a_terminal_is_plain_lines_first_and_last():
     "step 1/5  loss 2.500  compiled",
     "step 5/5  loss 2.500  160 samples/s  data wait 25%  0 s left",
   ]
+
+
+def test_progress_shows_utilisation_and_memory_where_they_are_known():
+  file = io.StringIO()
+  progress = Progress(configs.resolve(tiny(train={"global_batch_size": 16, "steps": 3})), 0, file)
+  for step, rate in ((1, 1.0), (2, 100.0), (3, 200.0)):
+    progress(step, {"loss": 2.5, "samples_per_second": rate, "mfu": rate / 250, "peak_memory_gib": 12.34, "data_wait": 0.0})
+  # Smoothed alike: 110 samples/s are 44%.
+  assert file.getvalue().splitlines()[-1] == "step 3/3  loss 2.500  110 samples/s  MFU 44%  12.3 GiB  data wait 0%  0 s left"
 
 
 def test_progress_on_a_terminal_redraws_one_line():
@@ -136,10 +153,31 @@ def test_durations_read_as_people_say_them(seconds, said):
   assert duration(seconds) == said
 
 
+@pytest.mark.parametrize(
+  "window, said",
+  [
+    ((0, 5), "--profile=0:5 begins before the first step, which is 1."),
+    ((-3, 5), "--profile=-3:5 begins before the first step"),
+    ((5, 5), "--profile=5:5 has no steps: END comes after START and is not traced; 5:10 has five."),
+    ((5, 3), "--profile=5:3 has no steps"),
+    ((1_001, 1_005), "--profile=1001:1005 begins after the last step of the run, which is 1,000."),
+  ],
+)
+def test_a_window_without_a_step_of_the_run_is_said(window, said):
+  with pytest.raises(UsageError) as error:
+    hooks.check_window(window, 1_000)
+  assert said in str(error.value)
+
+
+@pytest.mark.parametrize("window", [(1, 2), (1_000, 1_001), (1_000, 9_999)])
+def test_a_window_may_end_after_the_run(window):
+  hooks.check_window(window, 1_000)
+
+
 def test_a_step_that_is_not_finite_is_reported_by_name(capsys):
   config = configs.resolve(tiny(train={"global_batch_size": 16, "steps": 3}))
   writer = Written()
-  log = hooks.Log(writer, config, hooks.Clock(), 0, ignore)
+  log = hooks.Log(writer, config, hooks.Clock(), 0, nothing, ignore)
   log(1, State, {"loss": float("nan"), "gradient_norm": float("inf"), "logit_scale": 14.0})
   log(2, State, {"loss": float("nan"), "gradient_norm": 1.0, "logit_scale": 14.0})
   log(3, State, {"loss": 1.0, "gradient_norm": 1.0, "logit_scale": 14.0})

@@ -1,9 +1,13 @@
 """What the loop writes about a run."""
 
+import gzip
 import json
 import shutil
 
+import pytest
+
 from clip_jax import train
+from clip_jax.errors import UsageError
 from tests.conftest import tiny
 
 
@@ -17,3 +21,52 @@ def test_what_signs_a_request_stands_in_no_file(colors, tmp_path):
   assert json.loads(written)["data"]["path"] == f"{tmp_path}/colors.tar?token=***"
   for path in (tmp_path / "run").rglob("*"):
     assert path.is_dir() or b"s3cret" not in path.read_bytes(), path
+
+
+def traced(workdir):
+  """Of each trace of a run, oldest first, the numbers of its steps, and how often its steps waited for data."""
+  found = []
+  for path in sorted((workdir / "profile").rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime):
+    assert len(list(path.parent.glob("*.xplane.pb"))) == 1  # what XProf reads
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    numbers = [int(event["args"]["step_num"]) for event in events if event.get("name") == "train"]
+    found.append((numbers, sum(event.get("name") == "waiting for data" for event in events)))
+  return found
+
+
+def test_a_window_of_steps_is_traced_and_what_is_left_of_it_after_a_resume(colors, tmp_path, capsys):
+  config = tiny(data={"source": "tar", "path": colors}, train={"steps": 6})
+  train.run(config, tmp_path, profile=(3, 5))
+  assert traced(tmp_path) == [([3, 4], 2)]
+  said = capsys.readouterr().err
+  assert f"profile: steps 3 to 4 are traced. Look at them with `xprof {tmp_path}/profile`" in said
+
+  shutil.rmtree(tmp_path / "checkpoints/6")
+  train.run(config, tmp_path, profile=(3, 5))  # as after a preemption, by the same command
+  assert len(traced(tmp_path)) == 1
+  assert "profile: nothing is traced, because step 4 was done before." in capsys.readouterr().err
+
+  shutil.rmtree(tmp_path / "checkpoints/6")
+  train.run(config, tmp_path, profile=(3, 99))
+  assert traced(tmp_path)[1:] == [([5, 6], 2)]
+  assert "profile: steps 5 to 6 are traced." in capsys.readouterr().err
+  steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_window_that_cannot_be_traced_is_said_before_anything_is_made(tmp_path):
+  with pytest.raises(UsageError, match="begins after the last step"):
+    train.run(tiny(), tmp_path / "run", profile=(5, 9))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_in_the_window_writes_its_trace(colors, tmp_path, monkeypatch):
+  config = tiny(data={"source": "tar", "path": colors}, train={"steps": 6})
+
+  def fail(self, step, state):
+    raise OSError("no space left")
+
+  monkeypatch.setattr(train.loop.hooks.Save, "now", fail)
+  with pytest.raises(OSError, match="no space left"):
+    train.run(config, tmp_path, profile=(1, 6))
+  assert traced(tmp_path) == [([1, 2], 2)]

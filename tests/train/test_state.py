@@ -37,7 +37,7 @@ def resolved(shape=(1, 1, 1), **sections):
 
 
 def mesh_for(config):
-  return meshes.create(config, jax.devices()[: math.prod(dataclasses.astuple(config.mesh))])
+  return meshes.create(config, jax.devices()[: math.prod((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))])
 
 
 def described(config):
@@ -70,6 +70,19 @@ def test_every_parameter_is_taken_and_laid_out_as_the_new_mesh_wants(other):
     np.testing.assert_array_equal(got, want)
     assert got.sharding == laid.sharding
   assert state.step == 0 and not np.any(state.opt_state[1].mu["image"]["projection"])
+
+
+def test_the_moving_average_starts_from_the_same_parameters(other):
+  config = resolved((2, 2, 2), optimizer={**tiny()["optimizer"], "ema_decay": 0.9}, train={**tiny()["train"], "init_tower": "image"})
+  state = states.start_from(states.create(config, mesh_for(config)), config, other)
+  np.testing.assert_array_equal(state.ema["image"]["projection"], other.read("image/projection"))
+  for average, param in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True):
+    np.testing.assert_array_equal(average, param)
+    assert average.sharding == param.sharding and average.dtype == np.float32
+  # Two sets of arrays, though they are equal: the step donates both.
+  shifted = jax.jit(lambda a, b: jax.tree.map(lambda x, y: (x + 1, y + 2), a, b), donate_argnums=(0, 1))(state.params, state.ema)
+  np.testing.assert_array_equal(shifted["image"]["projection"][0], other.read("image/projection") + 1)
+  np.testing.assert_array_equal(shifted["image"]["projection"][1], other.read("image/projection") + 2)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])

@@ -63,6 +63,38 @@ def test_every_mesh_gives_the_one_device_result(alone, shape):
     np.testing.assert_allclose(ours, theirs, atol=5e-4 * np.abs(theirs).max(), err_msg=str(path))
 
 
+@pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
+def test_every_optimizer_gives_the_one_device_losses_where_its_state_is_sharded(name):
+  optimizer = {**tiny()["optimizer"], "name": name}
+  (_, _, want), (_, state, got) = train((1, 1, 1), optimizer=optimizer), train((1, 4, 2), optimizer=optimizer)
+  np.testing.assert_allclose([m["loss"] for m in got], [m["loss"] for m in want], atol=1e-4, rtol=0)
+  block = "['image']['transformer']['block_0']"
+  specs = {jax.tree_util.keystr(path): x.sharding.spec for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+  moments = {path: spec for path, spec in specs.items() if path.endswith(f"{block}['mlp_in']['kernel']")}
+  assert moments and PartitionSpec("fsdp", "tensor") in moments.values()
+  if name == "adafactor":  # [32, 128]: means over columns, which are more, and over rows
+    assert [spec for path, spec in moments.items() if "v_row" in path] == [PartitionSpec("fsdp")]
+    assert [spec for path, spec in moments.items() if "v_col" in path] == [PartitionSpec("tensor")]
+
+
+def test_the_moving_average_follows_the_parameters_after_each_update():
+  config = resolved(optimizer={**tiny()["optimizer"], "ema_decay": 0.2, "freeze": "^text/"}, loss={"max_logit_scale": 14.0})
+  mesh = meshes.create(config, jax.devices()[:1])
+  state, step = states.create(config, mesh), steps.create(config, mesh)
+  start = want = jax.tree.map(np.float64, jax.device_get(state.params))
+  assert state.weights is state.ema
+  for done in (1, 2, 3):
+    state, _ = step(state, dict(zip(("images", "tokens"), inputs(config.model, rows=16, seed=done), strict=True)))
+    params, kept = jax.device_get(state.params), min(0.2, (1 + done) / (10 + done))
+    if done == 1:
+      np.testing.assert_allclose(params["logit_scale"], math.log(14), rtol=1e-6)  # so the average is of what was clipped
+    want = jax.tree.map(lambda old, new, kept=kept: kept * old + (1 - kept) * np.float64(new), want, params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), state.ema, want)
+  jax.tree.map(np.testing.assert_array_equal, state.ema["text"], start["text"])
+  projection = state.ema["image"]["projection"]
+  assert np.any(projection != params["image"]["projection"]) and np.any(projection != start["image"]["projection"])
+
+
 def test_the_first_step_is_the_gradient_of_the_dense_loss():
   config = resolved()
   mesh = meshes.create(config, jax.devices()[:1])
@@ -214,7 +246,7 @@ RESNET = {
     "vision": {"kind": "resnet", "stages": (1, 1, 1, 1), "width": 8, "heads": 4},
   },
   # A large epsilon: without it Adam makes whole updates of gradients that are rounding alone.
-  "optimizer": {"learning_rate": 0.01, "warmup_steps": 0, "epsilon": 0.01},
+  "optimizer": {"learning_rate": 0.01, "warmup_steps": 0, "epsilon": 0.01, "ema_decay": 0.9},
 }
 
 
@@ -239,7 +271,7 @@ def resnet_start():
   for path, x in flat.items():
     flat[path] = x + np.float32(path[-1] in ("scale", "var")) + 0.1 * random.normal(size=x.shape).astype(np.float32)
   flat["logit_scale",] = np.log(config.model.logit_scale_init, dtype=np.float32)
-  return state.replace(params=unflatten_dict(flat))
+  return state.replace(params=unflatten_dict(flat), ema=unflatten_dict(flat))
 
 
 def train_resnet(shape=(1, 1, 1), seeds=(0, 1)):
@@ -282,6 +314,11 @@ def test_running_statistics_are_set_by_the_batch_and_not_by_the_optimizer():
   for path in paths:
     assert np.any(after[path] != before[path]), path
     assert not decayed[path] and not any(np.any(m[path]) for m in moments), path
+
+  average = flatten_dict(state.ema)  # copies what is an average already
+  for path, x in after.items():
+    want = x if path in paths else 2 / 11 * before[path] + 9 / 11 * x
+    np.testing.assert_allclose(average[path], want, rtol=1e-5, atol=1e-6, err_msg=str(path))
 
   # Those of the first norm, from its input.
   pixels = normalize_pixels(inputs(config.model, rows=16, seed=0)[0], config.model.image_mean, config.model.image_std)
