@@ -64,6 +64,8 @@ def devices(topology, slices=1):
   except ImportError as error:
     raise MissingExtraError("Compiling for a TPU", "plan", "libtpu") from error
   more = {"num_slices": slices} if slices > 1 else {}
+  if topology.startswith("v4:"):
+    more["chip_config_name"] = "megacore"  # a chip is one device, as on the real machines, and not its two cores
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
   except Exception as error:  # jaxlib raises several types

@@ -190,7 +190,8 @@ def _train(config, workdir, mesh, checkpoints, start, profile):
         with trace.step(done):
           with clock.waiting():
             local = next(batches)
-          state, measured = train_step(state, rules.to_global(local, mesh, batch))
+          with jax.transfer_guard("disallow"):  # but for the batch nothing crosses over, and nothing waits
+            state, measured = train_step(state, rules.to_global(local, mesh, batch))
         for hook in every_step:
           hook(done, state, measured)
         if stop.requested():

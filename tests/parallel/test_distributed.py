@@ -170,6 +170,8 @@ def test_two_processes_share_a_batch_and_embed_a_set_as_one_does(tmp_path):
       process.kill()
   assert [(f["process"], f["processes"]) for f in found] == [(0, 2), (1, 2)]
 
+  assert [f["slices"] for f in found] == [[[[0, 0], [0, 0]], [[1, 1], [1, 1]]]] * 2
+
   rows = two_processes.ROWS
   for i, shape in enumerate(SHAPES):
     held = [f["held"][i] for f in found]

@@ -1,5 +1,7 @@
 """Meshes of every shape, and shapes that cannot be."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from clip_jax import config as configs
 from clip_jax.errors import ConfigError
 from clip_jax.parallel import mesh as meshes
+from clip_jax.plan import compile as compiler
 from tests.conftest import tiny
 
 
@@ -97,3 +100,21 @@ def test_what_minus_one_stands_for_is_checked_and_less_is_an_error(sizes, messag
 def test_tensor_devices_that_minus_one_stands_for_share_their_part_of_the_batch():
   mesh = meshes.create(resolved({"data": 2, "tensor": -1}, batch=6))
   assert mesh.devices.shape == (2, 1, 4)
+
+
+@pytest.mark.parametrize("topology, sizes", [("v5e:2x4", {"data": 2, "fsdp": 4}), ("v4:2x2x1", {"data": -1, "tensor": 2})])
+def test_slices_are_joined_along_data_alone(topology, sizes):
+  devices = compiler.devices(topology, slices=2)
+  mesh = meshes.create(resolved({**sizes, "dcn_data": 2}), devices)
+  assert mesh.devices.shape == ((4, 4, 1) if topology == "v5e:2x4" else (4, 1, 2))
+  where = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+  assert (where[:2] == where[0, 0, 0]).all() and (where[2:] == 1 - where[0, 0, 0]).all()
+  for count in (1, 4):
+    message = "devices are in 2 slices; set it to 2" if count == 1 else "must be 1, the number of slices (2), or, without slices, of processes"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+      meshes.create(resolved({"dcn_data": count}, batch=64), devices)
+
+
+def test_one_machine_is_not_several():
+  with pytest.raises(ConfigError, match=re.escape("config.mesh.dcn_data=2 must be 1, the number of slices (1), or, without slices, of processes (1).")):
+    meshes.create(resolved({"dcn_data": 2}))

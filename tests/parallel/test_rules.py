@@ -1,5 +1,9 @@
 """Which part of an array lies where, and batches on their way to the devices."""
 
+import copy
+import os
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,8 +13,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax import config as configs
+from clip_jax.errors import ConfigError
 from clip_jax.models.clip import CLIP
+from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
+from clip_jax.train import state as states
+from configs import vitb16
 from tests.conftest import tiny
 
 SHAPES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8), (1, 8, 1)]
@@ -172,3 +180,95 @@ def test_local_rows_with_gaps_reach_the_right_devices(monkeypatch):
   for start, part in asked.items():
     np.testing.assert_array_equal(part, batch[start : start + 2])
   assert len(asked) == 4
+
+
+def described(recipe, mesh=None, **optimizer):
+  """The state of a recipe on a mesh of 8 devices; nothing is allocated."""
+  recipe = copy.deepcopy(recipe)
+  recipe["mesh"] = dict(recipe.get("mesh", {})) | (mesh or {})
+  recipe["optimizer"] = dict(recipe["optimizer"]) | optimizer
+  config = configs.resolve(recipe)
+  return states.describe(config, meshes.create(config))[0]
+
+
+GOLDEN = Path(__file__).parent / "sharding"
+LAYOUTS = {
+  "vitb16_data8": (vitb16, {}, {}),
+  "vitb16_fsdp8": (vitb16, {"data": 1, "fsdp": 8}, {}),
+  "vitb16_data4_tensor2": (vitb16, {"data": 4, "tensor": 2}, {}),
+  "vitb16_zero1": (vitb16, {"sharding": "zero1"}, {}),
+  "vitb16_fsdp8_adafactor": (vitb16, {"data": 1, "fsdp": 8}, {"name": "adafactor"}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_lies_where_is_as_written_down(name):
+  """A change of any sharding shows as a difference of these files; `UPDATE_GOLDEN=1 make test` writes them anew."""
+  recipe, mesh, optimizer = LAYOUTS[name]
+  state = described(recipe.get_config().to_dict(), mesh, **optimizer)
+  text = rules.table([("parameters", state.params), ("optimizer", state.opt_state)]) + "\n"
+  path = GOLDEN / f"{name}.txt"
+  if os.environ.get("UPDATE_GOLDEN"):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+  assert text.splitlines() == path.read_text().splitlines()
+
+
+def test_the_table_counts_what_a_device_holds():
+  state = described(tiny(), {"data": 1, "fsdp": 4, "tensor": 2})
+  table = rules.table([("parameters", state.params), ("optimizer", state.opt_state)])
+  numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  held = [sum(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) * 4 for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state)]
+  assert f"parameters: {numbers:,} numbers, {held[0]:,} bytes a device" in table
+  assert f"In all {sum(held):,} bytes" in table
+  [line] = [line for line in table.splitlines() if line.startswith("image/transformer/block_*/mlp_in/kernel ")]
+  assert line.split() == ["image/transformer/block_*/mlp_in/kernel", "float32", "[32,", "128]", "fsdp,", "tensor", "2,048", "x", "2"]
+
+
+def test_rules_of_the_config_come_first_and_overrides_before_them():
+  mesh = {
+    "data": 2,
+    "fsdp": 2,
+    "tensor": 2,
+    "rules": (("embed", ("data", "fsdp")), ("heads", None)),
+    "overrides": ((r"image/.*/mlp_in/kernel$", (None, ["tensor", "fsdp"])), ("mlp_in", ("data",)), ("logit_scale", ())),
+  }
+  with pytest.raises(ConfigError, match=r"'mlp_in' gives text/.*mlp_in/kernel, \[.*\], 1 entries; it needs one for each of its 2 dimensions"):
+    described(tiny(), mesh)
+  mesh["overrides"] = (mesh["overrides"][0], ("mlp_in/bias$", ("data",)))
+  state = described(tiny(), mesh)
+  for tree in (state.params, state.opt_state[1].mu):
+    block = tree["image"]["transformer"]["block_0"]
+    assert block["mlp_in"]["kernel"].sharding.spec == P(None, ("tensor", "fsdp"))
+    assert block["mlp_in"]["bias"].sharding.spec == P(("data",))
+    assert block["attention"]["qkv_kernel"].sharding.spec == P(("data", "fsdp"), None, None, None)
+    assert tree["text"]["transformer"]["block_0"]["mlp_in"]["kernel"].sharding.spec == P(("data", "fsdp"), ("tensor",))
+
+
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
+    ((("nothing", ("data",)),), "config.mesh.overrides: 'nothing' matches no parameter."),
+    ((("mlp_in/kernel", ("data", "data")),), "a mesh axis twice; each can shard one dimension."),
+    ((("pos_embed", ("data", None)),), "a dimension of 5 over 8 devices (data), which do not divide it."),
+  ],
+)
+def test_overrides_that_cannot_be(overrides, message):
+  with pytest.raises(ConfigError) as error:
+    described(tiny(), {"overrides": overrides})
+  assert message in str(error.value)
+
+
+def test_zero1_splits_what_it_can_of_the_state_and_no_parameter():
+  state = described(vitb16.get_config().to_dict(), {"data": 2, "fsdp": 4, "sharding": "zero1"})
+  assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+  sizes = [(leaf.size, np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int)) for leaf in jax.tree.leaves(state.opt_state)]
+  assert sum(part for _, part in sizes) < 1.02 * sum(size for size, _ in sizes) / 8
+
+
+def test_zero1_takes_another_dimension_where_the_first_cannot_be_divided():
+  first, second = rules.RULES["zero1"]
+  assert spec_of((16, 12), "vocab", "embed", mesh=(4, 2, 1), table=second) == P(("data", "fsdp"), None)
+  assert spec_of((12, 16), "vocab", "embed", mesh=(4, 2, 1), table=second) == P("fsdp", "data")  # 12 / 8 is not whole
+  assert spec_of((6, 16), "embed", "mlp", mesh=(4, 1, 2), table=second) == P("fsdp", "tensor")
+  assert spec_of((16, 12), "embed", "heads", mesh=(4, 1, 2), table=first) == P(None, "tensor")

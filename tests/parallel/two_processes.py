@@ -6,7 +6,10 @@ import sys
 import jax
 import numpy as np
 
+from clip_jax import config as configs
 from clip_jax.parallel import distributed, rules
+from clip_jax.parallel import mesh as meshes
+from tests.conftest import tiny
 from tests.evaluate import conftest as clips
 from tests.parallel.test_rules import SHAPES, mesh_of
 
@@ -29,11 +32,17 @@ def report():
   return found
 
 
+def slices():
+  """Whose device is where on a mesh of both processes, joined along `data`, and along nothing else."""
+  config = configs.resolve(tiny(mesh={"data": 1, "fsdp": 2, "tensor": 2, "dcn_data": 2}, train={"global_batch_size": 16, "steps": 1}))
+  return np.vectorize(lambda device: device.process_index)(meshes.create(config).devices).tolist()
+
+
 def main(path):
   """Prints the report with the numbers of the images that were loaded, and saves embeddings."""
   jax.config.update("jax_num_cpu_devices", 4)  # after conftest.py, which asks for eight
   distributed.initialize()
-  found = report()
+  found = {**report(), "slices": slices()}
   encode = clips.encoder(2, 4)
   params = clips.placed(clips.random_params(), encode.mesh)
   images, loaded = clips.pictures(COUNT), []

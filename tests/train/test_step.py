@@ -26,8 +26,8 @@ from tests.models.test_clip import inputs
 MESHES = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 
-def resolved(shape=(1, 1, 1), **sections):
-  mesh = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+def resolved(shape=(1, 1, 1), more_mesh=None, **sections):
+  mesh = dict(zip(("data", "fsdp", "tensor"), shape, strict=True)) | (more_mesh or {})
   return configs.resolve(tiny(mesh=mesh, **sections))
 
 
@@ -165,14 +165,48 @@ def test_the_attention_kernel_trains_as_xlas(shape, microbatches):
       np.testing.assert_allclose(ours[key], value, rtol=1e-4, err_msg=key)
 
 
+ZERO1 = {"sharding": "zero1"}
+WAYS = [
+  *[((1, 8, 1), {}, {}), ((4, 1, 2), {}, {}), ((8, 1, 1), ZERO1, {}), ((2, 2, 2), ZERO1, {"scan": True})],
+  *[((1, 1, 1), {}, {"scan": scan, "remat": remat}) for remat in ("minimal", "attention", "full", "offload") for scan in (False, True)],
+  *[((1, 1, 1), {}, {"scan": True}), ((2, 4, 1), {}, {"scan": True, "remat": "full"}), ((4, 1, 2), {}, {"scan": True, "remat": "minimal"})],
+]
+
+
+@pytest.fixture(scope="module")
+def five_steps():
+  return train((1, 1, 1), count=5)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["minimal", "attention", "full", "offload"])
-def test_what_is_computed_again_changes_nothing(alone, remat):
-  config, state, measured = train((2, 2, 1), train={"global_batch_size": 16, "steps": 4, "remat": remat})
-  for ours, theirs in zip(measured, alone[2], strict=True):
+@pytest.mark.parametrize("shape, mesh, how", WAYS, ids=str)
+def test_how_a_step_is_computed_changes_no_loss(five_steps, shape, mesh, how):
+  sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+  more = {"train": {"global_batch_size": 16, "steps": 4, **how}}
+  _, state, measured = train(shape, count=5, more_mesh=mesh, **more)
+  for ours, theirs in zip(measured, five_steps[2], strict=True):
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], atol=1e-4, rtol=0)
     for name, value in theirs.items():
       np.testing.assert_allclose(ours[name], value, rtol=2e-4, err_msg=name)
-  assert jax.tree.structure(state.params) == jax.tree.structure(alone[1].params)
+  assert jax.tree.structure(state) == jax.tree.structure(five_steps[1])
+  kernel = state.params["image"]["transformer"]["block_1"]["mlp_in"]["kernel"]
+  moment = state.opt_state[1].mu["image"]["transformer"]["block_1"]["mlp_in"]["kernel"]
+  parts = [math.prod(x.shape) / math.prod(x.sharding.shard_shape(x.shape)) for x in (kernel, moment)]
+  whole = sizes["tensor"] if mesh else sizes["fsdp"] * sizes["tensor"]
+  assert parts == [whole, math.prod(shape) if mesh else whole]
+
+
+def test_a_step_compiles_once_and_moves_nothing_that_it_was_not_told_to():
+  config = resolved((2, 2, 2))
+  mesh = meshes.create(config)
+  state, step = states.create(config, mesh), steps.create(config, mesh)
+  with jax.transfer_guard("disallow"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+      jnp.zeros(3) + np.ones(3)  # the guard works here
+    for seed in range(3):
+      images, tokens = inputs(config.model, rows=16, seed=seed)
+      state, metrics = step(state, rules.to_global({"images": images, "tokens": tokens}, mesh, 16))
+  assert step._cache_size() == 1 and np.isfinite(jax.device_get(metrics["loss"]))
 
 
 def test_duplicates_are_hidden_by_their_captions():
