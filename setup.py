@@ -48,6 +48,8 @@ ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 SENTENCEPIECE = ["sentencepiece>=0.2"]
 BEAM = ["apache-beam>=2.70"]  # with [gcp] for Dataflow
 
+QUANTIZATION = ["qwix>=0.1.8"]
+
 EXTRAS = {
   "quickstart": QUICKSTART,
   "test": [
@@ -56,6 +58,7 @@ EXTRAS = {
     *ONNX,
     *SENTENCEPIECE,
     *BEAM,
+    *QUANTIZATION,
     "flask-cors>=5.0",  # moto's server
     "gcp-storage-emulator>=2024.8",
     "hypothesis>=6.130",
@@ -74,6 +77,7 @@ EXTRAS = {
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
   "beam": BEAM,
+  "quantization": QUANTIZATION,
   # What the input pipeline is compared with.
   "bench": ["pyvips[binary]>=3.0", "simplejpeg>=1.8", "webdataset>=1.0"],
   "wandb": ["wandb>=0.19"],

@@ -21,6 +21,7 @@ def get_config():
   config.model.resize_mode = placeholder(str)
   config.model.tokenizer = placeholder(str)
   config.model.compute_dtype = "bfloat16"  # the paper used float16 with loss scaling
+  config.model.residual_dtype = placeholder(str)
   config.model.vision = ConfigDict()
   config.model.text = ConfigDict()
   config.model.vision.kind = placeholder(str)
@@ -78,6 +79,7 @@ def get_config():
   config.train.steps = placeholder(int)  # wins over samples
   config.train.attention = "auto"
   config.train.remat = "none"
+  config.train.quantization = "none"
   config.train.scan = False
   config.train.microbatches = 1
   config.train.init_from = ""

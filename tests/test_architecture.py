@@ -19,7 +19,7 @@ FLOORS = (
 # Importing any part of a package runs the package itself; the others are tables that everybody may read.
 IMPORT_NOTHING = ("clip_jax", "clip_jax.models", "clip_jax.models.zoo", "clip_jax.plan", "clip_jax.plan.chips")
 INSIDE_FUNCTIONS = {"torch", "tensorflow", "apache_beam", "wandb", "libtpu"}
-INSIDE_FUNCTIONS |= {"transformers", "open_clip", "onnxruntime", "onnxscript", "sentencepiece"}
+INSIDE_FUNCTIONS |= {"transformers", "open_clip", "qwix", "onnxruntime", "onnxscript", "sentencepiece"}
 OF_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "clu", "chex"}
 
 

@@ -72,7 +72,7 @@ WRONG = [
   ("loss.dtype", "float16", "'float32', 'bfloat16'"),
   ("loss.label_smoothing", 1.0, "config.loss.label_smoothing=1.0 must be at least 0 and less than 1"),
   ("loss.max_logit_scale", 0.0, "config.loss.max_logit_scale=0.0 must be positive"),
-  ("train.attention", "flash", "config.train.attention='flash' must be one of 'auto', 'xla', 'pallas'"),
+  ("train.attention", "flash", "config.train.attention='flash' must be one of 'auto', 'xla', 'pallas', 'cudnn'"),
   ("mesh.sharding", "zero", "config.mesh.sharding='zero' must be one of 'fsdp', 'zero1'"),
   ("mesh.rules", (("width", "fsdp"),), "config.mesh.rules[0][0]='width' must be one of 'embed', 'heads', 'mlp', 'vocab'"),
   ("mesh.rules", (("embed", ("fsdp", "model")),), "config.mesh.rules[0][1]='model' must be one of 'data', 'fsdp', 'tensor'"),

@@ -64,7 +64,7 @@ DEFAULTS = dict(
 )
 # Keys that may stay open, by what the tower is.
 OPEN = {
-  "model": {"logit_bias_init"},
+  "model": {"logit_bias_init", "residual_dtype"},
   "vit": {"stages"},
   "siglip": {"stages", "train_length"},
   "resnet": {"patch_size", "layers", "mlp_width"},

@@ -52,7 +52,8 @@ def check(config):
   _check_optimizer(config.optimizer)
   _check_loss(config.loss, config.model)
   one_of("config.train.init_tower", config.train.init_tower, ("both", "image", "text"))
-  one_of("config.train.attention", config.train.attention, ("auto", "xla", "pallas"))
+  one_of("config.train.attention", config.train.attention, ("auto", "xla", "pallas", "cudnn"))
+  one_of("config.train.quantization", config.train.quantization, ("none", "int8", "fp8"))
   one_of("config.train.remat", config.train.remat, ("none", "minimal", "attention", "full", "offload"))
   _check_mesh(config.mesh)
   _check_data(config.data)
@@ -233,7 +234,8 @@ def check_model(model):
     ConfigError: there is no such model.
   """
   one_of("config.model.activation", model.activation, ("quick_gelu", "gelu", "gelu_tanh"))
-  one_of("config.model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
+  one_of("config.model.compute_dtype", model.compute_dtype, ("float32", "bfloat16", "auto"))
+  one_of("config.model.residual_dtype", model.residual_dtype, (None, "float32", "bfloat16"))
   one_of("config.model.resize_mode", model.resize_mode, ("shortest", "squash"))
   for name, tower in (("vision", model.vision), ("text", model.text)):
     for key, value in dataclasses.asdict(tower).items():

@@ -52,7 +52,8 @@ class Model:
   image_std: tuple[float, ...] | None = None
   resize_mode: str | None = None  # "shortest": shorter side to size, then a centre crop; "squash": both sides
   tokenizer: str | None = None  # "clip", or the path of a tokenizer.json or spiece.model
-  compute_dtype: str = "float32"  # or "bfloat16"; parameters are float32 either way
+  compute_dtype: str = "float32"  # or "bfloat16", or "auto": the faster one; parameters are float32 either way
+  residual_dtype: str | None = None  # of what blocks add to, "float32" or "bfloat16"; compute_dtype if left open
   logit_scale_init: float | None = None  # what cosines are multiplied by, before anything is learned
   logit_bias_init: float | None = None  # what is then added, learned with the sigmoid loss; no bias if left open
   vision: Vision = field(default_factory=Vision)
@@ -111,8 +112,9 @@ class Train:
   global_batch_size: int = 32_768
   samples: int | None = None  # training pairs in all
   steps: int | None = None  # wins over samples
-  attention: str = "auto"  # "xla", "pallas" (our kernel, for TPU), or what the platform has; the same but for rounding
+  attention: str = "auto"  # "xla", "pallas" (our kernel, for TPU), "cudnn", or what the platform has; the same but for rounding
   remat: str = "none"  # what blocks compute again: "minimal", "attention" (all but that), "full", or "offload" to the host
+  quantization: str = "none"  # "int8" or "fp8": products of blocks in it (extra `quantization`), gradients of kernels aside
   scan: bool = False  # the blocks of a tower as one program in a loop: compiles in a third of the time
   microbatches: int = 1  # parts that go through the towers one by one; the loss is that of the whole batch
   init_from: str = ""  # whose parameters to start from: anything that `clip_jax.load` reads

@@ -1,4 +1,4 @@
-"""Softmax attention: written for XLA, and a kernel for the short sequences of CLIP on TPU.
+"""Softmax attention: written for XLA, cuDNN's, and a kernel for the short sequences of CLIP on TPU.
 
 A block of a ViT-B/16 spends most of its memory traffic on attention, and most of that on scores: 12 heads of 197 x 197
 float32 numbers an image, written and read several times. They fit into a core's own memory (VMEM), though, so the kernel
@@ -28,26 +28,56 @@ def create(name, mesh):
   """The attention of a sequence to itself that goes with a mesh.
 
   Args:
-    name: "xla"; "pallas", the kernel, which is interpreted where there is no TPU; or "auto", the kernel on TPU.
-    mesh: the device mesh. With heads sharded over "tensor" it is XLA's in any case.
+    name: "xla"; "cudnn"; "pallas", the kernel, which is interpreted where there is no TPU; or "auto", the kernel on TPU and cuDNN's on
+      NVIDIA's GPUs since Ampere.
+    mesh: the device mesh. With heads sharded over "tensor" the kernel is not used.
 
   Returns:
     A function from a projection [batch, length, 3 * width], its bias [3 * width], heads and whether it is causal to
-    [batch, length, width], as `packed` has them, or None for `dense`.
+    [batch, length, width], as `packed` has them, or to None where `dense` is to be used; or None for `dense` always.
   """
-  platform = mesh.devices.flat[0].platform
-  if name == "xla" or (name == "auto" and platform != "tpu") or mesh.shape["tensor"] > 1:
+  device = mesh.devices.flat[0]
+  if name == "auto":
+    nvidia = device.platform == "gpu" and device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8
+    name = "pallas" if device.platform == "tpu" else "cudnn" if nvidia else "xla"
+  if name == "cudnn":
+    return cudnn
+  if name == "xla" or mesh.shape["tensor"] > 1:
     return None
 
   def attend(qkv, bias, heads, causal):
+    if not fits(qkv.shape[1], qkv.shape[2] // 3, heads):
+      return None
+
     # The compiler cannot split a kernel; each device calls it on its rows.
     def on_device(qkv, bias):
-      return packed(qkv, bias, heads, causal, platform != "tpu")
+      return packed(qkv, bias, heads, causal, device.platform != "tpu")
 
     rows = PartitionSpec(BATCH_AXES)
     return jax.shard_map(on_device, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False)(qkv, bias)
 
   return attend
+
+
+def cudnn(qkv, bias, heads, causal, implementation="cudnn"):
+  """Attention of a sequence to itself by cuDNN's fused kernels (`jax.nn.dot_product_attention`).
+
+  Args:
+    qkv: as `packed` has it.
+    bias: likewise.
+    heads: of equal size.
+    causal: whether a place sees only itself and those before it.
+    implementation: "cudnn", or "xla" to check without a GPU what is around it.
+
+  Returns:
+    [batch, length, width], or None for what cuDNN does not take: float32, and heads of other sizes than multiples of 8 up to 128.
+  """
+  batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+  size = width // heads
+  if qkv.dtype == jnp.float32 or size % 8 or size > LANES:
+    return None
+  parts = ((part.reshape(batch, length, heads, size)) for part in jnp.split(qkv + bias, 3, axis=-1))
+  return jax.nn.dot_product_attention(*parts, is_causal=causal, implementation=implementation).reshape(batch, length, width)
 
 
 def dense(query, key, value, causal, dtype):

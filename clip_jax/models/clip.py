@@ -30,6 +30,7 @@ class CLIP(nn.Module):
       activation=config.activation,
       norm_epsilon=config.norm_epsilon,
       dtype=dtype,
+      residual_dtype=jnp.dtype(config.residual_dtype or dtype),
       how=self.how,
     )
     vision, text = config.vision, config.text

@@ -8,6 +8,8 @@ that have row-major factors and a float32 result, the others being converted to 
 import jax
 import jax.numpy as jnp
 
+from clip_jax.errors import MissingExtraError
+
 
 def matmul(x, kernel):
   """[..., in] @ [in, out] -> [..., out]."""
@@ -17,6 +19,35 @@ def matmul(x, kernel):
 def add_bias(x, bias):
   """[..., features] + [features], of one dtype."""
   return jax.lax.platform_dependent(x, bias, cpu=_add_bias_on_cpu, default=jnp.add)
+
+
+def quantized(name):
+  """The product of activations and a kernel in 8 bits, for training.
+
+  Products forward, and those that give the gradient of activations, are of numbers rounded to 8 bits, with a scale for each row
+  and column; the gradient of a kernel, a sum over all tokens of a batch, keeps its precision. Wortsman et al. 2023 (Stable
+  and low-precision training for large-scale vision-language models, arXiv 2304.13013), section 2: SwitchBack, for CLIP.
+
+  Args:
+    name: "int8" or "fp8" (e4m3 forward, e5m2 for gradients).
+
+  Returns:
+    A function from [..., in] and [in, out] to [..., out].
+
+  Raises:
+    UsageError: qwix is not installed.
+  """
+  try:
+    import qwix
+  except ImportError as error:
+    raise MissingExtraError(f"config.train.quantization={name!r}", "quantization", "qwix") from error
+  forward, backward = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}[name]
+  exact = dict(use_original_residuals=True, dlhs_residual_qtype=forward, drhs_grad_qtype=None)
+  rule = qwix.QtRule(
+    module_path=".*", weight_qtype=forward, act_qtype=forward, bwd_qtype=backward, additional_qt_config=exact
+  )
+  provider = qwix.QtProvider([rule])
+  return lambda x, kernel: provider.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def _matmul_on_cpu(x, kernel):

@@ -27,6 +27,7 @@ class TextTransformer(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
+  residual_dtype: jnp.dtype
   how: How = How()
 
   @nn.compact
@@ -46,7 +47,8 @@ class TextTransformer(nn.Module):
     positions = self.param("pos_embed", init, (self.context_length, self.width))
     if keys is not None and self.train_length is not None:
       tokens = shorten(tokens, keys, self.train_length, self.reduction)
-    x = embedding[tokens].astype(self.dtype) + positions[: tokens.shape[1]].astype(self.dtype)
+    # All of the table, where it is sharded: what is looked up in a part would have to change devices, which is more.
+    x = self.how.whole(embedding)[tokens].astype(self.dtype) + positions[: tokens.shape[1]].astype(self.dtype)
     x = Transformer(
       layers=self.layers,
       heads=self.heads,
@@ -55,6 +57,7 @@ class TextTransformer(nn.Module):
       activation=self.activation,
       norm_epsilon=self.norm_epsilon,
       dtype=self.dtype,
+      residual_dtype=self.residual_dtype,
       how=self.how,
       name="transformer",
     )(x)

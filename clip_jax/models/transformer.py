@@ -50,13 +50,21 @@ class How:
     attend: attention of a sequence to itself, as `attention.create` makes it; `attention.dense` if None.
     remat: what blocks keep for the backward pass: a name of `REMAT`.
     scan: whether the blocks of a tower are one program that is run in a loop, which compiles sooner.
+    product: the matrix product of activations and a kernel in blocks; `products.matmul` if None.
     spread: a function that lays an array whose first axis is the batch over the devices; the compiler's choice if None.
+    whole: a function that gives every device all of an array.
   """
 
   attend: Callable | None = None
   remat: str = "none"
   scan: bool = False
-  spread: Callable | None = None
+  product: Callable | None = None
+  spread: Callable = lambda x: x
+  whole: Callable = lambda x: x
+
+  def matmul(self, x, kernel):
+    """[..., in] @ [in, out] -> [..., out]."""
+    return (self.product or matmul)(x, kernel)
 
 
 def parameter(init, *axes):
@@ -90,13 +98,14 @@ class Dense(nn.Module):
   stddev: float
   dtype: jnp.dtype
   keep: str | None = None  # what the product is called in `REMAT`
+  how: How = How()
 
   @nn.compact
   def __call__(self, x):
     init = parameter(nn.initializers.normal(self.stddev), *self.axes)
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
     bias = self.param("bias", parameter(nn.initializers.zeros, self.axes[1]), (self.features,))
-    product = matmul(x, kernel.astype(self.dtype))
+    product = self.how.matmul(x, kernel.astype(self.dtype))
     product = product if self.keep is None else checkpoint_name(product, self.keep)
     return add_bias(product, bias.astype(self.dtype))
 
@@ -109,7 +118,6 @@ class Attention(nn.Module):
     causal: whether a place sees only itself and those before it.
     output_stddev: of the initial output kernel.
     features: width of what is returned; that of the input if None.
-    attend: attention of a sequence to itself, as `attention.create` makes it; `attention.dense` if None.
   """
 
   heads: int
@@ -117,7 +125,7 @@ class Attention(nn.Module):
   output_stddev: float
   dtype: jnp.dtype
   features: int | None = None
-  attend: Callable | None = None
+  how: How = How()
 
   @nn.compact
   def __call__(self, x, query=None):
@@ -141,9 +149,10 @@ class Attention(nn.Module):
     kernel = kernel.reshape(width, 3 * width).astype(self.dtype)
     bias = bias.reshape(-1).astype(self.dtype)
     if query is None:
-      flat = checkpoint_name(matmul(x, kernel), "qkv")
-      if self.attend is not None and attention.fits(x.shape[1], width, self.heads):
-        return self._out(width, self.attend(flat, bias, self.heads, self.causal))
+      flat = checkpoint_name(self.how.matmul(x, kernel), "qkv")
+      mixed = self.how.attend and self.how.attend(flat, bias, self.heads, self.causal)
+      if mixed is not None:
+        return self._out(width, mixed)
       parts = jnp.split(add_bias(flat, bias), 3, axis=-1)
     else:
       first = add_bias(matmul(query, kernel[:, :width]), bias[:width])
@@ -155,14 +164,15 @@ class Attention(nn.Module):
   def _out(self, width, mixed):
     mixed = checkpoint_name(mixed, "mixed")
     features = width if self.features is None else self.features
-    return Dense(features, ("heads", "embed"), self.output_stddev, self.dtype, keep="attention_out", name="out")(mixed)
+    out = Dense(features, ("heads", "embed"), self.output_stddev, self.dtype, keep="attention_out", how=self.how, name="out")
+    return out(mixed)
 
 
-def mlp(x, hidden_width, activation, output_stddev, dtype):
+def mlp(x, hidden_width, activation, output_stddev, dtype, how=How()):
   """Two affine maps with an activation between them: `mlp_in` and `mlp_out` of the module that calls it."""
   width = x.shape[-1]
-  into = Dense(hidden_width, ("embed", "mlp"), (2 * width) ** -0.5, dtype, keep="mlp_in", name="mlp_in")
-  out_of = Dense(width, ("mlp", "embed"), output_stddev, dtype, keep="mlp_out", name="mlp_out")
+  into = Dense(hidden_width, ("embed", "mlp"), (2 * width) ** -0.5, dtype, keep="mlp_in", how=how, name="mlp_in")
+  out_of = Dense(width, ("mlp", "embed"), output_stddev, dtype, keep="mlp_out", how=how, name="mlp_out")
   return out_of(ACTIVATIONS[activation](into(x)))
 
 
@@ -176,16 +186,16 @@ class Block(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
-  attend: Callable | None = None
+  how: How = How()
 
   @nn.compact
   def __call__(self, x):
     width = x.shape[-1]
     output_stddev = width**-0.5 * (2 * self.layers) ** -0.5
     normed = LayerNorm(self.norm_epsilon, self.dtype, name="norm_1")(x)
-    x = x + Attention(self.heads, self.causal, output_stddev, self.dtype, attend=self.attend, name="attention")(normed)
+    x = x + Attention(self.heads, self.causal, output_stddev, self.dtype, how=self.how, name="attention")(normed)
     normed = LayerNorm(self.norm_epsilon, self.dtype, name="norm_2")(x)
-    return x + mlp(normed, self.mlp_width, self.activation, output_stddev, self.dtype)
+    return x + mlp(normed, self.mlp_width, self.activation, output_stddev, self.dtype, self.how)
 
 
 class Transformer(nn.Module):
@@ -202,10 +212,12 @@ class Transformer(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
+  residual_dtype: jnp.dtype  # of what blocks add to
   how: How = How()
 
   @nn.compact
   def __call__(self, x):
+    x = x.astype(self.residual_dtype)
     policy = REMAT[self.how.remat]
     sizes = dict(
       heads=self.heads,
@@ -215,11 +227,9 @@ class Transformer(nn.Module):
       activation=self.activation,
       norm_epsilon=self.norm_epsilon,
       dtype=self.dtype,
-      attend=self.how.attend,
+      how=self.how,
     )
-    if self.how.spread is not None:
-      # Said once: from a sharded table of embeddings the compiler would go on with the width sharded, and gather it in each block.
-      x = self.how.spread(x)
+    x = self.how.spread(x)  # said once: the compiler might shard the width as parameters are, and gather it in each block
     names = [f"block_{i}" for i in range(self.layers)]
     if self.how.scan and not self.is_initializing():
       blocks = self.variables["params"]

@@ -29,6 +29,7 @@ class VisionTransformer(nn.Module):
   activation: str
   norm_epsilon: float
   dtype: jnp.dtype
+  residual_dtype: jnp.dtype
   how: How = How()
 
   @nn.compact
@@ -64,6 +65,7 @@ class VisionTransformer(nn.Module):
       activation=self.activation,
       norm_epsilon=self.norm_epsilon,
       dtype=self.dtype,
+      residual_dtype=self.residual_dtype,
       how=self.how,
       name="transformer",
     )(x)

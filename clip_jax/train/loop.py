@@ -76,6 +76,7 @@ def run(config, workdir, profile=None):
     hooks.check_window(profile, config.train.steps)
   workdir = Path(workdir)
   mesh = meshes.create(config)
+  config = performance.settled(config, mesh.devices.flat[0])
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:

@@ -1,5 +1,9 @@
 """How well a run uses its chips: throughput a chip, model FLOPs utilisation, memory. docs/performance.md explains the numbers."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import jax
 
 from clip_jax.models import size
@@ -40,6 +44,28 @@ class Meter:
     if self._peak:
       values["mfu"] = rate * self._flops / self._peak
     return values | memory(self._device)
+
+
+def settled(config, device):
+  """A config that says what it computes in: where `model.compute_dtype` is "auto", what is fast on a device and trains well.
+
+  Args:
+    config: a resolved `Config`.
+    device: a `jax.Device`.
+
+  Returns:
+    The `Config`, with "bfloat16" on TPUs, on GPUs since Ampere, and on CPUs with instructions for it; else with "float32".
+  """
+  if config.model.compute_dtype != "auto":
+    return config
+  fast = device.platform == "tpu"
+  if device.platform == "gpu":
+    fast = float(getattr(device, "compute_capability", 0)) >= 8
+  if device.platform == "cpu":
+    flags = Path("/proc/cpuinfo")
+    fast = flags.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", flags.read_text()) is not None
+  model = dataclasses.replace(config.model, compute_dtype="bfloat16" if fast else "float32")
+  return dataclasses.replace(config, model=model)
 
 
 def memory(device):

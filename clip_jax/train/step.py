@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from clip_jax.losses import global_batch, grad_cache
-from clip_jax.models import attention
+from clip_jax.models import attention, products
 from clip_jax.models.clip import (
   CLIP,
   has_batch_norm,
@@ -109,9 +109,10 @@ def how(config, mesh):
     config: a `clip_jax.config.Train`.
     mesh: the device mesh.
   """
-  batch = rules.batch_sharding(mesh)
-  spread = functools.partial(jax.lax.with_sharding_constraint, shardings=batch)
-  return How(attention.create(config.attention, mesh), config.remat, config.scan, spread)
+  lay = functools.partial(functools.partial, jax.lax.with_sharding_constraint)
+  spread, whole = lay(shardings=rules.batch_sharding(mesh)), lay(shardings=rules.replicated(mesh))
+  product = None if config.quantization == "none" else products.quantized(config.quantization)
+  return How(attention.create(config.attention, mesh), config.remat, config.scan, product, spread, whole)
 
 
 def embed_with(module, batch_norm=False):

@@ -1,4 +1,6 @@
-"""The attention kernel for TPU, interpreted here and compiled for slices that are not there, against float64."""
+"""The attention kernel for TPU, interpreted here and compiled for slices that are not there, and cuDNN's, against float64."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -98,8 +100,35 @@ def test_which_attention_goes_with_a_mesh():
   assert attention.create("auto", cpu) is None and attention.create("xla", cpu) is None
   assert attention.create("pallas", cpu) is not None
   assert attention.create("pallas", mesh_of(1, 1, 2)) is None
+  assert attention.create("cudnn", mesh_of(1, 1, 2)) is attention.cudnn
   tpu = Mesh(np.array(compiler.devices("v5e:2x2")).reshape(4, 1, 1), ("data", "fsdp", "tensor"))
   assert attention.create("auto", tpu) is not None and attention.create("xla", tpu) is None
+
+
+@pytest.mark.parametrize("length, heads, size, causal", [(50, 12, 64, False), (77, 8, 64, True), (33, 2, 80, False)])
+def test_what_is_around_cudnn_is_attention(length, heads, size, causal):
+  """Its arguments and their gradients, with XLA in its place."""
+  qkv, bias, gradient = arrays(3, length, heads * size, jnp.bfloat16)
+  attend = functools.partial(attention.cudnn, heads=heads, causal=causal, implementation="xla")
+  for got, want in zip(value_and_gradients(attend, qkv, bias, gradient), reference(qkv, bias, heads, causal, gradient), strict=True):
+    assert np.linalg.norm(np.asarray(got, np.float64) - want) < 0.02 * np.linalg.norm(want)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN is on NVIDIA's GPUs alone")
+@pytest.mark.parametrize("length, heads, size, causal", [(50, 12, 64, False), (77, 8, 64, True), (197, 12, 64, False), (257, 16, 80, False)])
+def test_cudnn_is_attention(length, heads, size, causal):
+  qkv, bias, gradient = arrays(4, length, heads * size, jnp.bfloat16)
+  attend = jax.jit(functools.partial(attention.cudnn, heads=heads, causal=causal))
+  for got, want in zip(value_and_gradients(attend, qkv, bias, gradient), reference(qkv, bias, heads, causal, gradient), strict=True):
+    assert np.linalg.norm(np.asarray(got, np.float64) - want) < 0.02 * np.linalg.norm(want)
+
+
+def test_what_cudnn_does_not_take_is_left_to_xla():
+  assert attention.cudnn(jnp.zeros((1, 5, 3 * 64)), jnp.zeros(3 * 64), 1, False) is None  # float32
+  for size in (12, 136):
+    qkv, bias, _ = arrays(1, 5, 2 * size, jnp.bfloat16)
+    assert attention.cudnn(qkv, bias, 2, False) is None
+    assert attention.create("pallas", mesh_of(1, 1, 1))(qkv, bias, 2, False) is None
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1)], ids=str)

@@ -1,13 +1,17 @@
 """Products and biases as this platform runs them, against float64 NumPy."""
 
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax.errors import UsageError
+from clip_jax.models import products
 from clip_jax.models.products import add_bias, matmul
+from clip_jax.models.transformer import Dense, How
 
 # Of a result's largest entry: float32 sums; bfloat16 has eight bits, and a bias may cancel most of a rounded product.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-7}
@@ -47,3 +51,24 @@ def test_no_product_in_half_precision_is_converted_on_cpu():
   factors = re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", text)
   # Forward, and the gradients of x, of the kernel and of the bias.
   assert [(types[a], types[b]) for a, b in factors] == [("bf16", "bf16")] * 4
+
+
+@pytest.mark.parametrize("name, error", [("int8", 0.02), ("fp8", 0.08)])
+def test_eight_bits_are_near_and_the_gradient_of_the_kernel_is_exact(name, error):
+  random = np.random.default_rng(1)
+  x, kernel, gradient = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((4, 8, 96), (96, 64), (4, 8, 64)))
+  x = x.at[0, 0].mul(100.0)  # a scale of its own: one large row leaves the others as they are
+  layer = Dense(64, (None, None), 1.0, jnp.float32, how=How(product=products.quantized(name)))
+  got, pull = jax.vjp(lambda x, kernel: layer.apply({"params": {"kernel": kernel, "bias": jnp.zeros(64)}}, x), x, kernel)
+  of_x, of_kernel = pull(gradient)
+  rows = np.linalg.norm(got - x @ kernel, axis=-1) / np.linalg.norm(x @ kernel, axis=-1)
+  assert rows.min() > 0 and rows.max() < error
+  want = np.asarray(gradient @ kernel.T)
+  assert 0 < np.linalg.norm(of_x - want) / np.linalg.norm(want) < error
+  close(of_kernel, np.asarray(x, np.float64).reshape(-1, 96).T @ np.asarray(gradient, np.float64).reshape(-1, 64), "float32")
+
+
+def test_eight_bits_without_qwix_name_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "qwix", None)
+  with pytest.raises(UsageError, match=re.escape("config.train.quantization='int8' needs the package qwix, which is not installed: pip install 'clip_jax[quantization]'.")):
+    products.quantized("int8")

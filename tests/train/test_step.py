@@ -196,6 +196,28 @@ def test_how_a_step_is_computed_changes_no_loss(five_steps, shape, mesh, how):
   assert parts == [whole, math.prod(shape) if mesh else whole]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_eight_bits_train_nearly_as_all(five_steps, name, scan):
+  train_in = {"global_batch_size": 16, "steps": 4, "quantization": name, "scan": scan, "remat": "minimal"}
+  _, _, measured = train((2, 2, 2), count=5, train=train_in)
+  for ours, theirs in zip(measured, five_steps[2], strict=True):
+    assert 0 < abs(ours["loss"] - theirs["loss"]) < 0.03 * theirs["loss"]
+  np.testing.assert_allclose(measured[0]["gradient_norm"], five_steps[2][0]["gradient_norm"], rtol=0.1)
+
+
+def test_the_residual_stream_may_keep_more_digits_than_products():
+  losses = {}
+  for compute, residual in (("float32", None), ("bfloat16", None), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
+    model = {**tiny()["model"], "compute_dtype": compute, "residual_dtype": residual}
+    losses[compute, residual] = [m["loss"] for m in train((1, 1, 1), model=model)[2]]
+  exact = losses.pop(("float32", None))
+  assert losses["bfloat16", None] == losses["bfloat16", "bfloat16"] != losses["bfloat16", "float32"]
+  for found in losses.values():
+    np.testing.assert_allclose(found, exact, rtol=0.02)
+
+
 def test_a_step_compiles_once_and_moves_nothing_that_it_was_not_told_to():
   config = resolved((2, 2, 2))
   mesh = meshes.create(config)
