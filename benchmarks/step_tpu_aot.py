@@ -4,9 +4,10 @@
     python benchmarks/step_tpu_aot.py --config vitl14 --topology v5e:16x16 --set train.remat=minimal
     python benchmarks/step_tpu_aot.py --config vitl14 --topology v5p:4x4x4 --batch 4194304 --set train.microbatches=256
 
-Each row compiles the function that main.py runs, for every config on every topology. Without arguments it compiles
-`CASES`. `--save` writes what it found to benchmarks/results/step_tpu_aot.json, where a regression shows as a difference. Needs
-the extra `plan`; takes one to four minutes a row.
+Each row compiles the function that main.py runs, for every config on every topology. `train.remat=least` tries what is kept of
+blocks, from most to least, until it fits. Without arguments it compiles `CASES`. `--save` puts each row, as soon as it is there, in
+benchmarks/results/step_tpu_aot.json, in the place of an earlier one of the same name, so that a regression shows as a difference.
+Needs the extra `plan`; takes one to four minutes a row.
 """
 
 import argparse
@@ -29,22 +30,29 @@ from clip_jax import config as configs
 from clip_jax.losses import global_batch
 from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
+from clip_jax.plan import chips
 from clip_jax.plan import compile as compiler
 from clip_jax.train import state as states
 from clip_jax.train import step as steps
 
 GIB = 2**30
-# What a program may use of a chip's memory, by the compiler's own message when it does not fit.
-USABLE = {"v5e": 15.75, "v5p": 95.74}
 RESULTS = Path(__file__).parent / "results" / "step_tpu_aot.json"
 CASES = [
   ("vitb16", "v5e:16x16", 32_768, {}),
   ("vitb16", "v5e:16x16", 32_768, {"train.attention": "xla"}),
   ("vitb16", "v5e:16x16", 32_768, {"train.remat": "minimal"}),
   ("vitb16", "v5e:16x16", 32_768, {"train.remat": "full"}),
-  ("vitl14", "v5e:16x16", 32_768, {"train.remat": "attention"}),
+  ("vitb16", "v5e:16x16", 32_768, {"train.scan": True, "train.remat": "minimal"}),
+  ("vitb16", "v5e:16x16", 32_768, {"mesh.sharding": "zero1"}),
+  ("vitl14", "v5e:16x16", 32_768, {"train.remat": "least"}),
   ("vitl14", "v5e:16x16", 32_768, {"train.remat": "full"}),
+  ("vitl14_336", "v4:4x4x8", 32_768, {"train.remat": "least"}),
+  ("vitl14_336", "v5p:4x4x8", 32_768, {"train.remat": "least"}),
+  ("vith14", "v4:4x4x8", 32_768, {"train.remat": "least"}),
+  ("vith14", "v5p:4x4x8", 32_768, {"train.remat": "least"}),
+  ("vitbigg14", "v5p:8x8x8", 32_768, {"train.remat": "least"}),
 ]
+LEAST = ("none", "minimal", "attention", "full")  # from what keeps most to what computes most again
 
 
 def main():
@@ -61,14 +69,32 @@ def main():
   cases = [(name, topology, arguments.batch, changes) for name in arguments.config or () for topology in arguments.topology]
   rows = []
   for case in cases or CASES:
-    rows.append(row(*case))
-    if not arguments.json:
-      show(rows[-1])
-  if arguments.save:
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    for found in least(*case) if case[-1].get("train.remat") == "least" else [row(*case)]:
+      rows.append(found)
+      if not arguments.json:
+        show(found)
+      if arguments.save:
+        save(found)
   if arguments.json:
     print(json.dumps(rows))
+
+
+def least(name, topology, batch, changes):
+  """Yields rows until one fits."""
+  for remat in LEAST:
+    found = row(name, topology, batch, {**changes, "train.remat": remat})
+    yield found
+    if not found["error"]:
+      return
+
+
+def save(found):
+  """Puts a row in the file of results."""
+  names = ("config", "topology", "batch", "changes")
+  rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+  rows = [row for row in rows if any(row[name] != found[name] for name in names)]
+  RESULTS.parent.mkdir(exist_ok=True)
+  RESULTS.write_text(json.dumps([*rows, found], indent=1) + "\n")
 
 
 def row(name, topology, batch, changes):
@@ -80,17 +106,17 @@ def row(name, topology, batch, changes):
     functools.reduce(getattr, groups, recipe)[last] = value_of(value)
   config = configs.resolve(recipe)
   devices = compiler.devices(topology)
-  mesh = meshes.create(config, devices)
+  mesh, chip = meshes.create(config, devices), chips.of_topology(topology)
   found = {
     "config": name,
     "topology": topology,
-    "chips": len(devices),
+    "chips": round(len(devices) * (chips.share(devices[0]) or 1)),
     "batch": batch,
     "remat": config.train.remat,
     "changes": changes,
     "pairs_at_a_time": batch // config.train.microbatches // len(devices),
     "loss_method": global_batch.method_of(config.loss, batch, config.model.embed_dim, meshes.batch_shards(mesh)),
-    "usable_gib": USABLE.get(topology.partition(":")[0]),
+    "usable_gib": chip and chip.usable_bytes and chip.usable_bytes / GIB,
     "error": None,
   }
   start = time.monotonic()

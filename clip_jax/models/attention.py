@@ -3,11 +3,12 @@
 A block of a ViT-B/16 spends most of its memory traffic on attention, and most of that on scores: 12 heads of 197 x 197
 float32 numbers an image, written and read several times. They fit into a core's own memory (VMEM), though, so the kernel
 computes them there, uses them, and forgets them; the backward pass computes them again (Dao et al. 2022, FlashAttention,
-section 3.1, with one tile for the whole sequence). It reads the flat product of the fused projection in place, several
-heads in the 128 lanes of a register, and writes its gradient in the same layout: nothing is transposed, padded or joined.
+section 3.1, with one tile for the whole sequence). It reads the flat product of the fused projection in place, as many whole
+heads at a time as fill registers of 128 lanes, and writes its gradient in the same layout: nothing is transposed, padded or joined.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ LANES = 128
 # float32 and several times over, to fit beside them.
 TOKENS_AT_ONCE, MOST_ROWS = 1024, 8
 LONGEST = 1024  # tokens; beyond it scores do not fit in one piece
+# Bytes of VMEM that the kernel may take, and on kinds of devices that have no more than that in all.
+MOST_VMEM, SMALL_VMEM = 60 * 2**20, 16 * 2**20
+WITH_SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
 
 
 def create(name, mesh):
@@ -46,7 +50,7 @@ def create(name, mesh):
     return None
 
   def attend(qkv, bias, heads, causal):
-    if not fits(qkv.shape[1], qkv.shape[2] // 3, heads):
+    if not fits(qkv.shape[1], qkv.shape[2] // 3, heads, device.device_kind):
       return None
 
     # The compiler cannot split a kernel; each device calls it on its rows.
@@ -102,10 +106,11 @@ def dense(query, key, value, causal, dtype):
   return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
-def fits(length, width, heads):
-  """Whether the kernel takes sequences of a length, with heads of equal size in a width."""
-  size = width // heads
-  return length <= LONGEST and LANES % size == 0 and width % LANES == 0
+def fits(length, width, heads, kind=""):
+  """Whether the kernel takes sequences of a length, with heads of equal size in a width, on a kind of device."""
+  lanes = _lanes(width, heads)
+  most = SMALL_VMEM if kind in WITH_SMALL_VMEM else MOST_VMEM
+  return length <= LONGEST and width % lanes == 0 and _vmem(length, lanes, width // heads) <= most
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -128,13 +133,14 @@ def packed(qkv, bias, heads, causal, interpret=False):
 
 def _forward(qkv, bias, heads, causal, interpret):
   batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-  rows, groups = _rows(batch, length), width // LANES
+  lanes = _lanes(width, heads)
+  rows, groups = _rows(batch, length, lanes), width // lanes
 
   def part(number):
-    return pl.BlockSpec((rows, length, LANES), lambda i, group: (i, 0, group + number * groups))
+    return pl.BlockSpec((rows, length, lanes), lambda i, group: (i, 0, group + number * groups))
 
   def part_of_bias(number):
-    return pl.BlockSpec((1, LANES), lambda i, group: (0, group + number * groups))
+    return pl.BlockSpec((1, lanes), lambda i, group: (0, group + number * groups))
 
   mixed = pl.pallas_call(
     functools.partial(_forward_kernel, size=width // heads, causal=causal),
@@ -143,6 +149,7 @@ def _forward(qkv, bias, heads, causal, interpret):
     out_specs=part(0),
     out_shape=jax.ShapeDtypeStruct((batch, length, width), qkv.dtype),
     cost_estimate=_cost(qkv, heads, products=2, arrays=4),
+    compiler_params=_limits(length, lanes, width // heads),
     interpret=interpret,
   )(qkv, qkv, qkv, *[bias[None]] * 3)
   return mixed, (qkv, bias, mixed)
@@ -151,13 +158,14 @@ def _forward(qkv, bias, heads, causal, interpret):
 def _backward(heads, causal, interpret, kept, gradient):
   qkv, bias, mixed = kept
   batch, length, width = mixed.shape
-  rows, groups = _rows(batch, length), width // LANES
+  lanes = _lanes(width, heads)
+  rows, groups = _rows(batch, length, lanes), width // lanes
 
   def part(number):
-    return pl.BlockSpec((rows, length, LANES), lambda i, group, _: (i, 0, group + number * groups))
+    return pl.BlockSpec((rows, length, lanes), lambda i, group, _: (i, 0, group + number * groups))
 
   def part_of_bias(number):
-    return pl.BlockSpec((1, LANES), lambda i, group, _: (0, group + number * groups))
+    return pl.BlockSpec((1, lanes), lambda i, group, _: (0, group + number * groups))
 
   # The last axis of the grid writes the gradients of queries, keys and values, which the first of its three steps
   # computes, to their places in one array.
@@ -166,15 +174,16 @@ def _backward(heads, causal, interpret, kept, gradient):
     grid=(batch // rows, groups, 3),
     in_specs=[*map(part, range(3)), *map(part_of_bias, range(3)), part(0), part(0)],
     out_specs=[
-      pl.BlockSpec((rows, length, LANES), lambda i, group, number: (i, 0, group + number * groups)),
-      pl.BlockSpec((1, 1, LANES), lambda i, group, number: (i, 0, group + number * groups)),
+      pl.BlockSpec((rows, length, lanes), lambda i, group, number: (i, 0, group + number * groups)),
+      pl.BlockSpec((1, 1, lanes), lambda i, group, number: (i, 0, group + number * groups)),
     ],
     out_shape=[
       jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
       jax.ShapeDtypeStruct((batch // rows, 1, 3 * width), jnp.float32),
     ],
-    scratch_shapes=[pltpu.VMEM((3, rows, length, LANES), qkv.dtype), pltpu.VMEM((3, 1, LANES), jnp.float32)],
+    scratch_shapes=[pltpu.VMEM((3, rows, length, lanes), qkv.dtype), pltpu.VMEM((3, 1, lanes), jnp.float32)],
     cost_estimate=_cost(qkv, heads, products=5, arrays=8),
+    compiler_params=_limits(length, lanes, width // heads),
     interpret=interpret,
   )(qkv, qkv, qkv, *[bias[None]] * 3, mixed, gradient)
   return of_qkv, of_bias.sum((0, 1)).astype(bias.dtype)
@@ -183,8 +192,24 @@ def _backward(heads, causal, interpret, kept, gradient):
 packed.defvjp(_forward, _backward)
 
 
-def _rows(batch, length):
-  most = max(min(MOST_ROWS, TOKENS_AT_ONCE // length), 1)
+def _lanes(width, heads):
+  # The least number of whole heads that fill whole registers: two of 64, eight of 80.
+  return math.lcm(width // heads, LANES)
+
+
+def _vmem(length, lanes, size):
+  # Bytes for a row of the backward pass: five inputs and an output, twice because the next ones come meanwhile, and the three
+  # gradients, in 16 bits; five arrays of scores, and what the compiler puts aside of each head's, two more by its own account.
+  places = -(-length // 16) * 16
+  return 15 * places * lanes * 2 + (5 + 2 * lanes // size) * places * -(-places // LANES) * LANES * 4
+
+
+def _limits(length, lanes, size):
+  return pltpu.CompilerParams(vmem_limit_bytes=max(_vmem(length, lanes, size), SMALL_VMEM))
+
+
+def _rows(batch, length, lanes):
+  most = max(min(MOST_ROWS, TOKENS_AT_ONCE * LANES // (length * lanes)), 1)
   return next(rows for rows in range(most, 0, -1) if batch % rows == 0)
 
 
@@ -201,7 +226,7 @@ def _forward_kernel(query, key, value, of_query, of_key, of_value, mixed, *, siz
   for row in range(query.shape[0]):
     q, k, v = query[row] + of_query[...], key[row] + of_key[...], value[row] + of_value[...]
     heads = []
-    for first in range(0, LANES, size):
+    for first in range(0, query.shape[-1], size):
       here = slice(first, first + size)
       exponentials, sums = _exponentials(q[:, here], k[:, here], causal)
       heads.append(_dot(exponentials.astype(v.dtype), v[:, here], 1, 0) / sums)
@@ -213,11 +238,11 @@ def _backward_kernel(
 ):
   @pl.when(pl.program_id(2) == 0)
   def _():
-    sums_of_bias = [jnp.zeros((1, LANES), jnp.float32) for _ in range(3)]
+    sums_of_bias = [jnp.zeros((1, query.shape[-1]), jnp.float32) for _ in range(3)]
     for row in range(query.shape[0]):
       biased = query[row] + of_query[...], key[row] + of_key[...], value[row] + of_value[...]
       parts = ([], [], [])
-      for first in range(0, LANES, size):
+      for first in range(0, query.shape[-1], size):
         here = slice(first, first + size)
         found = _head_gradients(*(x[:, here] for x in (*biased, mixed[row], gradient[row])), causal)
         for part, x in zip(parts, found, strict=True):

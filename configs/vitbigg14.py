@@ -1,0 +1,13 @@
+"""CLIP ViT-bigG/14, sharded over 128 devices and data-parallel beyond; sizes of open_clip's model."""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.model.name = "ViT-bigG-14"
+  config.data.path = "shards/*.tar"
+  config.train.samples = 12_800_000_000  # as the smaller models
+  config.optimizer.learning_rate = 4e-4  # that of L/14, table 20
+  config.mesh.fsdp = 128  # divides all widths: 1664 = 13 * 128, 1280 = 10 * 128
+  return config
