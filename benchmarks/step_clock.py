@@ -6,9 +6,9 @@
 
 Ours is the step that main.py runs, on all devices of this machine. A peer is a plain training loop in PyTorch around the model of
 that project, of the same sizes and on the same examples: zero_grad, forward, contrastive loss, backward, AdamW (fused); on an
-NVIDIA GPU the model is compiled. It is given float32 pixels that are normalised already, ours gets bytes and does that itself.
-bfloat16 is `model.compute_dtype` for ours and `torch.autocast` for the peers, with float32 parameters for all. The loading of data is
-no part of it (benchmarks/input_pipeline.py).
+NVIDIA GPU the model is compiled. It is given float32 pixels that are normalised already; ours gets bytes and does that itself, and also
+computes the norms that it logs. bfloat16 is `model.compute_dtype` for ours and `torch.autocast` for the peers, with float32 parameters for
+all. The loading of data is no part of it (benchmarks/input_pipeline.py).
 
 Every contender is a process of its own, and all have main.py's setting of memory; GLIBC_TUNABLES=glibc.malloc.hugetlb=0 in the environment is how to
 see them without. On a processor all are built and warmed up, and then run in turns; on an accelerator, whose memory two frameworks do not
@@ -76,7 +76,10 @@ def main():
     "steps": count,
     "load": [load, os.getloadavg()[0]],
   }
-  print(json.dumps(found)) if arguments.json else show(found)
+  if arguments.json:
+    print(json.dumps(found))
+  else:
+    show(found)
   return 1 if found["failures"] else 0
 
 
@@ -160,10 +163,9 @@ class Contender:
   def __init__(self, who, config, count, here):
     self.who, self.dtype = who, config.model.compute_dtype
     self.each, self.about, self.error = [], {}, None
-    self._pairs, self._arguments, self._process = config.train.global_batch_size * count, (who, config, count, here), None
-    self._flops = size.training_flops(
-      config.model, config.train.global_batch_size, config.loss.name, config.optimizer.freeze
-    )
+    batch, self._arguments, self._process = config.train.global_batch_size, (who, config, count, here), None
+    self._pairs = batch * count
+    self._flops = size.training_flops(config.model, batch, config.loss.name, config.optimizer.freeze)
 
   @property
   def row(self):

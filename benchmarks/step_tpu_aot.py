@@ -32,6 +32,7 @@ from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
 from clip_jax.plan import chips
 from clip_jax.plan import compile as compiler
+from clip_jax.train import performance
 from clip_jax.train import state as states
 from clip_jax.train import step as steps
 
@@ -104,8 +105,8 @@ def row(name, topology, batch, changes):
   for key, value in changes.items():
     *groups, last = key.split(".")
     functools.reduce(getattr, groups, recipe)[last] = value_of(value)
-  config = configs.resolve(recipe)
   devices = compiler.devices(topology)
+  config = performance.settled(configs.resolve(recipe), devices[0])
   mesh, chip = meshes.create(config, devices), chips.of_topology(topology)
   found = {
     "config": name,

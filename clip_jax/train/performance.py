@@ -9,6 +9,8 @@ import jax
 from clip_jax.models import size
 from clip_jax.plan import chips
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 
 class Meter:
   """Turns the throughput of a run into what it means for its chips."""
@@ -62,8 +64,7 @@ def settled(config, device):
   if device.platform == "gpu":
     fast = float(getattr(device, "compute_capability", 0)) >= 8
   if device.platform == "cpu":
-    flags = Path("/proc/cpuinfo")
-    fast = flags.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", flags.read_text()) is not None
+    fast = CPU_INFO.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", CPU_INFO.read_text()) is not None
   model = dataclasses.replace(config.model, compute_dtype="bfloat16" if fast else "float32")
   return dataclasses.replace(config, model=model)
 

@@ -1,13 +1,18 @@
 """What the loop writes about a run."""
 
+import functools
 import gzip
 import json
 import shutil
 
+import jax
 import pytest
 
+import clip_jax
+from clip_jax import config as configs
 from clip_jax import train
 from clip_jax.errors import UsageError
+from clip_jax.train import performance
 from tests.conftest import tiny
 
 
@@ -21,6 +26,38 @@ def test_what_signs_a_request_stands_in_no_file(colors, tmp_path):
   assert json.loads(written)["data"]["path"] == f"{tmp_path}/colors.tar?token=***"
   for path in (tmp_path / "run").rglob("*"):
     assert path.is_dir() or b"s3cret" not in path.read_bytes(), path
+
+
+def test_what_auto_stood_for_is_written_down_and_kept(colors, tmp_path):
+  model = {**tiny()["model"], "compute_dtype": "auto", "residual_dtype": "float32"}
+  config = tiny(data={"source": "tar", "path": colors}, model=model, train={"steps": 2})
+  train.run(config, tmp_path)
+  taken = json.loads((tmp_path / "config.json").read_text())["model"]["compute_dtype"]
+  assert taken == performance.settled(configs.resolve(config), jax.devices()[0]).model.compute_dtype != "auto"
+  assert clip_jax.load(tmp_path).config.compute_dtype == taken
+  other = {"float32": "bfloat16", "bfloat16": "float32"}[taken]
+  with pytest.raises(UsageError, match=f"holds a run with config.model.compute_dtype='{taken}', and this config has '{other}'"):
+    train.run({**config, "model": {**model, "compute_dtype": other}}, tmp_path)
+
+
+def test_how_a_step_is_computed_may_change_between_starts(colors, tmp_path):
+  """Each part of a run on another mesh, with another sharding, in a loop or not, and what is computed again."""
+  losses = []
+  for folder, changes in (("plain", [{}] * 3), ("changing", [{}, {"mesh": {"fsdp": 8, "data": 1}, "scan": True}, {"mesh": {"sharding": "zero1"}, "remat": "full"}])):
+    for done, change in enumerate(changes, 1):
+      change = dict(change)
+      config = tiny(data={"source": "tar", "path": colors}, mesh=change.pop("mesh", {}), train={"steps": 6, **change}, checkpoint={"every": 2})
+      run = functools.partial(train.run, config, tmp_path / folder)
+      if done < 3:  # as if it had been killed after the next checkpoint
+        run()
+        for step in range(2 * done + 2, 8, 2):
+          shutil.rmtree(tmp_path / folder / f"checkpoints/{step}", ignore_errors=True)
+      else:
+        assert run().started == 4
+    lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+    losses.append([line["loss"] for line in lines if "loss" in line])
+  assert len(losses[0]) == 6 and losses[0] != losses[1]
+  assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def traced(workdir):

@@ -1,5 +1,6 @@
 """What throughput means for chips. Devices with a peak and with memory statistics are not here, so they are made up."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -73,3 +74,33 @@ def test_a_runtime_that_counts_no_memory_is_no_error():
   with pytest.raises(jax.errors.JaxRuntimeError):
     device.memory_stats()
   assert performance.memory(device) == {}
+
+
+@pytest.mark.parametrize(
+  "device, want",
+  [
+    (SimpleNamespace(platform="gpu", compute_capability="9.0"), "bfloat16"),
+    (SimpleNamespace(platform="gpu", compute_capability="7.5"), "float32"),
+  ],
+)
+def test_a_gpu_computes_in_bfloat16_where_it_can(device, want):
+  auto = config(model={**tiny()["model"], "compute_dtype": "auto"})
+  settled = performance.settled(auto, device)
+  assert settled.model.compute_dtype == want
+  assert dataclasses.replace(settled, model=auto.model) == auto  # and nothing else is changed
+  assert performance.settled(config(), device) == config()
+
+
+@pytest.mark.parametrize("flags, want", [("fpu avx512_bf16 amx_tile", "bfloat16"), ("fpu amx_bf16", "bfloat16"), ("fpu avx512f", "float32"), (None, "float32")])
+def test_a_cpu_computes_in_bfloat16_if_it_has_instructions_for_it(monkeypatch, tmp_path, flags, want):
+  path = tmp_path / "cpuinfo"
+  if flags is not None:
+    path.write_text(f"processor: 0\nflags\t\t: {flags}\n")
+  monkeypatch.setattr(performance, "CPU_INFO", path)  # of another processor than this one
+  auto = config(model={**tiny()["model"], "compute_dtype": "auto"})
+  assert performance.settled(auto, jax.devices()[0]).model.compute_dtype == want
+
+
+def test_a_tpu_computes_in_bfloat16():
+  auto = config(model={**tiny()["model"], "compute_dtype": "auto"})
+  assert performance.settled(auto, compiler.devices("v5e:2x2")[0]).model.compute_dtype == "bfloat16"
