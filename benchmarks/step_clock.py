@@ -11,33 +11,28 @@ computes the norms that it logs. bfloat16 is `model.compute_dtype` for ours and 
 all. The loading of data is no part of it (benchmarks/input_pipeline.py).
 
 Every contender is a process of its own, and all have main.py's setting of memory; GLIBC_TUNABLES=glibc.malloc.hugetlb=0 in the environment is how to
-see them without. On a processor all are built and warmed up, and then run in turns; on an accelerator, whose memory two frameworks do not
-share, each turn builds and warms up anew. Exit codes: 0 done, 1 a contender failed, 2 wrong usage.
+see them without. On a processor all are built and warmed up, and then run in turns; with `--apart`, and on an accelerator, whose memory two
+frameworks do not share, each turn builds and warms up anew. Exit codes: 0 done, 1 a contender failed, 2 wrong usage.
 """
 
 import argparse
 import ast
-import contextlib
 import functools
 import importlib
 import json
-import multiprocessing
 import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where configs/ is
 
-from contenders import steps
+from contenders import processes
+from contenders.steps import INSTALL
 
 from clip_jax import config as configs
 from clip_jax.errors import UsageError
-from clip_jax.models import size
 
 OURS = "ours"
-PAUSE = 0.3  # seconds between turns: threads of OpenMP wait actively for a while after they have worked
 HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
@@ -48,9 +43,10 @@ def main():
   parser.add_argument("--batch", type=positive, default=32)
   parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
   parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the config, as train.remat=full")
-  parser.add_argument("--peer", nargs="+", choices=steps.INSTALL, default=[])
+  parser.add_argument("--peer", nargs="+", choices=INSTALL, default=[])
   parser.add_argument("--rounds", type=positive, default=5)
   parser.add_argument("--steps", type=positive, help="a round; 1 on a processor and 10 on an accelerator if left out")
+  parser.add_argument("--apart", action="store_true", help="one process at a time, for what does not fit into memory together")
   parser.add_argument("--json", action="store_true", help="print one object")
   arguments = parser.parse_args()
   given = os.environ.get("GLIBC_TUNABLES", "")
@@ -63,16 +59,17 @@ def main():
   except UsageError as error:
     print(error, file=sys.stderr)
     return 2
-  load, here = os.getloadavg()[0], look()
+  load, here = os.getloadavg()[0], processes.look()
   on_cpu = here["platform"] == "cpu"
   count = arguments.steps or (1 if on_cpu else 10)
-  contenders = [Contender(who, run, count, here) for who in [OURS, *arguments.peer] for run in runs]
-  measure(contenders, arguments.rounds, together=on_cpu)
+  contenders = [processes.Contender(who, run, count, here) for who in [OURS, *arguments.peer] for run in runs]
+  processes.measure(contenders, arguments.rounds, together=on_cpu and not arguments.apart)
   found = summary(contenders, here) | {
     "config": arguments.config,
     "model": runs[0].model.name,
     "batch": arguments.batch,
     "changes": arguments.set,
+    "rounds": arguments.rounds,
     "steps": count,
     "load": [load, os.getloadavg()[0]],
   }
@@ -129,123 +126,6 @@ def value_of(text):
     return text
 
 
-def spawn(function, *arguments):
-  """Starts a function in a process that shares nothing with this one; returns the process and a pipe, its first argument there."""
-  context = multiprocessing.get_context("spawn")
-  pipe, theirs = context.Pipe()
-  process = context.Process(target=function, args=(theirs, *arguments), daemon=True)
-  process.start()
-  theirs.close()  # so that the end of the process is the end of the pipe
-  return process, pipe
-
-
-def look():
-  """What is here, as JAX sees it; in a process of its own, because JAX takes an accelerator's memory for as long as it lives."""
-  process, pipe = spawn(steps.devices)
-  try:
-    return pipe.recv()
-  except EOFError:
-    raise SystemExit("JAX does not start here; the reason stands above.") from None
-  finally:
-    process.join()
-
-
-class Contender:
-  """A step in a process of its own, as this process sees it.
-
-  Attributes:
-    who, dtype: its name and the type it computes in.
-    each: samples per second of each round.
-    about: what its process said of it.
-    error: why it is out, a sentence; None while it is not.
-  """
-
-  def __init__(self, who, config, count, here):
-    self.who, self.dtype = who, config.model.compute_dtype
-    self.each, self.about, self.error = [], {}, None
-    batch, self._arguments, self._process = config.train.global_batch_size, (who, config, count, here), None
-    self._pairs = batch * count
-    self._flops = size.training_flops(config.model, batch, config.loss.name, config.optimizer.freeze)
-
-  @property
-  def row(self):
-    """What was found, for JSON."""
-    rate, peak = statistics.median(self.each), self.about["peak"]
-    return {
-      "name": self.who,
-      "dtype": self.dtype,
-      "samples_per_second": rate,
-      "each": self.each,
-      "mfu": rate * self._flops / peak if peak else None,
-      "first_loss": self.about["first_loss"],
-    }
-
-  def start(self):
-    """Builds and warms up, or sets `error`."""
-    start = time.monotonic()
-    self._process, self._pipe = spawn(steps.serve, *self._arguments)
-    self.about = self._answer()
-    if not self.error:
-      say(f"{self.who} {self.dtype}: ready in {time.monotonic() - start:.0f} s, first loss {self.about['first_loss']:.4f}")
-
-  def run(self):
-    """One round, if nothing is wrong with it; what has no process gets one."""
-    if not (self.error or self._process):
-      self.start()
-    if self.error:
-      return
-    time.sleep(PAUSE)
-    self._tell(True)
-    answer = self._answer()
-    if not self.error:
-      self.each.append(self._pairs / answer["seconds"])
-      say(f"{self.who} {self.dtype}: round {len(self.each)}, {self.each[-1]:.2f} samples/s")
-
-  def stop(self):
-    """Ends its process."""
-    if self._process:
-      self._tell(False)
-      self._process.join()
-      self._process = None
-
-  def _tell(self, go_on):
-    with contextlib.suppress(OSError):  # of one that has ended, which its answer shows
-      self._pipe.send(go_on)
-
-  def _answer(self):
-    try:
-      answer = self._pipe.recv()
-    except (EOFError, OSError):
-      self._process.join()
-      code = self._process.exitcode
-      how = f"was ended by signal {-code}, as for lack of memory" if code == -9 else f"ended with exit code {code}"
-      answer = {"error": f"its process {how}."}
-    self.error = answer.get("error")
-    if self.error:
-      say(f"{self.who} {self.dtype} failed: {self.error}")
-    return answer
-
-
-def measure(contenders, rounds, together):
-  """Has contenders run in turns.
-
-  Args:
-    contenders: list of `Contender`.
-    rounds: turns of each.
-    together: all processes live until the end; otherwise one at a time, for its turn.
-  """
-  if together:
-    for contender in contenders:
-      contender.start()
-  for _ in range(rounds):
-    for contender in contenders:
-      contender.run()
-      if not together:
-        contender.stop()
-  for contender in contenders:
-    contender.stop()
-
-
 def summary(contenders, here):
   """What was found, as one object for JSON."""
   rows = [contender.row for contender in contenders if not contender.error]
@@ -288,11 +168,6 @@ def show(found):
     print(f"ours / {peer}: " + ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in of.items()))
   for failure in found["failures"]:
     print(f"{failure['name']} {failure['dtype']} failed: {failure['error']}")
-
-
-def say(text):
-  """Prints progress, away from the result."""
-  print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

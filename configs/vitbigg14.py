@@ -9,5 +9,6 @@ def get_config():
   config.data.path = "shards/*.tar"
   config.train.samples = 12_800_000_000  # as the smaller models
   config.optimizer.learning_rate = 4e-4  # that of L/14, table 20
+  config.train.scan = True  # 80 blocks would take the compiler long
   config.mesh.fsdp = 128  # divides all widths: 1664 = 13 * 128, 1280 = 10 * 128
   return config

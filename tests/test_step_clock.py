@@ -1,6 +1,6 @@
 """`python benchmarks/step_clock.py` as people run it, with very small models: what it measures, compares, and says when it cannot."""
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -16,6 +16,8 @@ from tests.conftest import COMPILED
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "step_clock.py"
+sys.path.append(str(SCRIPT.parent))
+clock, steps, processes = map(importlib.import_module, ("step_clock", "contenders.steps", "contenders.processes"))
 BATCH = 4
 # With a scale of 1 the logits of any embeddings are nearly the same, so that the first loss is nearly that of a guess.
 TINY = {
@@ -42,27 +44,19 @@ def run(*arguments, changes=TINY, path=()):
   command = [sys.executable, SCRIPT, f"--batch={BATCH}", "--rounds=1", "--json", "--set", *settings, *arguments]
   variables = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_NUM_CPU_DEVICES": "1"}
   variables |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+  variables.pop("GLIBC_TUNABLES", None)
   done = subprocess.run(command, cwd=ROOT, env=variables, text=True, capture_output=True, timeout=500)
   return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture
-def clock(monkeypatch):
-  """The script as a module."""
-  monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
-  spec = importlib.util.spec_from_file_location("step_clock", SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
 
 
 @pytest.mark.slow
 def test_ours_and_a_peer_are_measured_in_both_types():
   code, out, err = run("--peer", "transformers", "--rounds=2")
   assert code == 0, err
+  assert err.count("ready") == 4
   found = json.loads(out)
   assert found.keys() == {
-    *("date", "machine", "device", "versions", "config", "model", "batch", "changes", "steps", "load"),
+    *("date", "machine", "device", "versions", "config", "model", "batch", "changes", "rounds", "steps", "load"),
     *("contenders", "ratios", "failures"),
   }
   assert found["device"] == {"kind": "cpu", "platform": "cpu", "count": 1}
@@ -98,7 +92,7 @@ def test_who_fails_is_reported_and_the_others_go_on(tmp_path):
   errors = {failure["name"]: failure["error"] for failure in found["failures"]}
   assert errors == {
     "open_clip": "open_clip cannot be imported (ModuleNotFoundError: No module named 'open_clip'): pip install open_clip_torch",
-    "transformers": "its process was ended by signal 9, as for lack of memory.",
+    "transformers": "its process was ended by signal 9, as for lack of memory; --apart has one process at a time.",
   }
   assert errors["open_clip"] in err
   assert "Traceback" not in err
@@ -120,13 +114,13 @@ def test_wrong_usage_is_one_line_and_nothing_starts(arguments, words):
   assert len(err.splitlines()) == 1
 
 
-def test_settings_reach_the_config(clock):
+def test_settings_reach_the_config():
   config = clock.resolved("vitb32", 4, {"loss.method": "ring", "data.crop_scale": "(0.5, 1.0)", "train.scan": "True"})
   assert (config.train.global_batch_size, config.loss.method, config.train.scan) == (4, "ring", True)
   assert config.data.crop_scale == (0.5, 1.0)
 
 
-def test_ratios_are_of_the_best_and_of_each_type_that_both_have(clock):
+def test_ratios_are_of_the_best_and_of_each_type_that_both_have():
   def row(name, dtype, rate):
     return {"name": name, "dtype": dtype, "samples_per_second": rate}
 
@@ -136,9 +130,9 @@ def test_ratios_are_of_the_best_and_of_each_type_that_both_have(clock):
   assert clock.ratios(rows[2:]) == {}
 
 
-def test_utilisation_is_that_of_the_training_flops(clock):
+def test_utilisation_is_that_of_the_training_flops():
   config = clock.resolved("vitb32", 256, {})
-  contender = clock.Contender("ours", config, 1, {})
+  contender = processes.Contender("ours", config, 1, {})
   contender.each, contender.about = [1000.0, 3000.0, 2000.0], {"peak": 989.5e12, "first_loss": 5.5}
   # docs/performance.md: 44.2 GFLOPs a pair, of which the loss of another batch has 0.3 %.
   assert contender.row["mfu"] == pytest.approx(2000 * 44.2e9 / 989.5e12, rel=0.005)
@@ -147,15 +141,15 @@ def test_utilisation_is_that_of_the_training_flops(clock):
 @pytest.mark.parametrize(
   "key, value", [("model.vision.patch_drop", 0.5), ("optimizer.freeze", "^image/"), ("optimizer.name", "lion"), ("model.text.train_length", 16)]
 )
-def test_a_recipe_that_does_more_than_the_peers_step_is_refused(clock, key, value):
-  clock.steps.refuse_what_is_not_plain("transformers", clock.resolved("vitb32", 8, {}))
+def test_a_recipe_that_does_more_than_the_peers_step_is_refused(key, value):
+  steps.refuse_what_is_not_plain("transformers", clock.resolved("vitb32", 8, {}))
   with pytest.raises(UsageError, match=f"transformers is measured with {key}="):
-    clock.steps.refuse_what_is_not_plain("transformers", clock.resolved("vitb32", 8, {key: str(value)}))
+    steps.refuse_what_is_not_plain("transformers", clock.resolved("vitb32", 8, {key: str(value)}))
 
 
-def test_captions_begin_and_end_and_differ(clock):
+def test_captions_begin_and_end_and_differ():
   config = clock.resolved("vitb32", 8, {})
-  images, tokens = clock.steps.examples(config)
+  images, tokens = steps.examples(config)
   text = config.model.text
   assert (images.shape, images.dtype, tokens.shape) == ((8, 224, 224, 3), "uint8", (8, text.context_length))
   ends = tokens.argmax(1)
@@ -177,33 +171,33 @@ def one_thread():
   torch.set_num_threads(before)
 
 
-def on_cpu(clock, **changes):
+def on_cpu(**changes):
   config = clock.resolved("vitb32", BATCH, {key: str(value) for key, value in TINY.items()} | changes)
-  return clock.steps.peer("transformers", config, {"platform": "cpu", "device": "cpu", "devices": 1})
+  return steps.peer("transformers", config, {"platform": "cpu", "device": "cpu", "devices": 1})
 
 
-def test_the_peers_step_trains(clock, one_thread):
-  run, about = on_cpu(clock, **{"optimizer.warmup_steps": "0"})
+def test_the_peers_step_trains(one_thread):
+  run, about = on_cpu(**{"optimizer.warmup_steps": "0"})
   assert about["peak"] is None
   before = run(1)
   assert before == pytest.approx(math.log(BATCH), abs=0.3)
   assert run(10) < before - 0.05  # the same batch again and again
 
 
-def test_a_peer_of_another_size_is_refused(clock, one_thread, monkeypatch):
-  monkeypatch.setattr(clock.steps.size, "parameters", lambda model: 7)
+def test_a_peer_of_another_size_is_refused(one_thread, monkeypatch):
+  monkeypatch.setattr(steps.size, "parameters", lambda model: 7)
   with pytest.raises(UsageError, match="parameters where ours has 7"):
-    on_cpu(clock)
+    on_cpu()
 
 
 @pytest.mark.parametrize(
   "platform, devices, cuda, words",
   [("tpu", 1, True, "PyTorch finds no X"), ("gpu", 1, False, "PyTorch finds no X"), ("gpu", 8, True, "CUDA_VISIBLE_DEVICES=0")],
 )
-def test_a_peer_says_where_it_cannot_run(clock, monkeypatch, platform, devices, cuda, words):
+def test_a_peer_says_where_it_cannot_run(monkeypatch, platform, devices, cuda, words):
   monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
   with pytest.raises(UsageError, match=words):
-    clock.steps.peer("transformers", clock.resolved("vitb32", 8, {}), {"platform": platform, "device": "X", "devices": devices})
+    steps.peer("transformers", clock.resolved("vitb32", 8, {}), {"platform": platform, "device": "X", "devices": devices})
 
 
 class Recorded:
@@ -222,21 +216,16 @@ class Recorded:
     (False, "run a, stop a, run b, stop b, run a, stop a, run b, stop b, stop a, stop b"),
   ],
 )
-def test_contenders_run_in_turns(clock, together, events):
+def test_contenders_run_in_turns(together, events):
   found = []
-  clock.measure([Recorded("a", found), Recorded("b", found)], 2, together)
+  processes.measure([Recorded("a", found), Recorded("b", found)], 2, together)
   assert ", ".join(found) == events
 
 
 @pytest.mark.slow
-def test_on_an_accelerator_each_turn_has_a_process_of_its_own(clock, monkeypatch):
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
-  monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-  started, spawn = [], clock.spawn
-  monkeypatch.setattr(clock, "spawn", lambda *arguments: started.append(spawn(*arguments)) or started[-1])
-  config = clock.resolved("vitb32", BATCH, {key: str(value) for key, value in (TINY | {"train.steps": 8, "optimizer.warmup_steps": 2}).items()})
-  contender = clock.Contender("ours", config, 1, {})
-  clock.measure([contender], 2, together=False)
-  assert (contender.error, len(contender.each)) == (None, 2)
-  processes = [process for process, _ in started]
-  assert [process.exitcode for process in processes] == [0, 0]
+def test_apart_each_turn_builds_anew():
+  code, out, err = run("--dtype", "float32", "--apart", "--rounds=2")
+  assert code == 0, err
+  (row,) = json.loads(out)["contenders"]
+  assert len(row["each"]) == 2
+  assert err.count("ours float32: ready") == 2

@@ -57,7 +57,8 @@ def create(name, mesh):
     def on_device(qkv, bias):
       return packed(qkv, bias, heads, causal, device.platform != "tpu")
 
-    rows = PartitionSpec(BATCH_AXES)
+    # "tensor", of size 1 here, is named because gradients are summed over the axes that are not.
+    rows = PartitionSpec((*BATCH_AXES, "tensor"))
     return jax.shard_map(on_device, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False)(qkv, bias)
 
   return attend
