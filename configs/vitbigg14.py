@@ -10,5 +10,6 @@ def get_config():
   config.train.samples = 12_800_000_000  # as the smaller models
   config.optimizer.learning_rate = 4e-4  # that of L/14, table 20
   config.train.scan = True  # 80 blocks would take the compiler long
+  config.eval.batch_size = 512  # an image a device on 512
   config.mesh.fsdp = 128  # divides all widths: 1664 = 13 * 128, 1280 = 10 * 128
   return config

@@ -161,8 +161,10 @@ def _check_optimizer(optimizer):
   one_of("config.optimizer.name", optimizer.name, ("adamw", "lion", "adafactor", "muon"))
   one_of("config.optimizer.mu_dtype", optimizer.mu_dtype, ("float32", "bfloat16"))
   _check_ranges(
-    ("optimizer.beta1", optimizer.beta1, 0, 1),
-    ("optimizer.beta2", optimizer.beta2, 0, 1),
+    ("optimizer.beta1", optimizer.beta1, 0, 0.999999),  # at 1 a mean never moves, and its correction divides by zero
+    ("optimizer.beta2", optimizer.beta2, 0, 0.999999),
+    ("optimizer.epsilon", optimizer.epsilon, 0, 1),
+    ("optimizer.gradient_clip_norm", 1.0 if optimizer.gradient_clip_norm is None else optimizer.gradient_clip_norm, 1e-9, 1e9),
     ("optimizer.learning_rate", optimizer.learning_rate, 0, 1e3),
     ("optimizer.weight_decay", optimizer.weight_decay, 0, 1e3),
   )
