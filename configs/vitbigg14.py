@@ -1,4 +1,4 @@
-"""CLIP ViT-bigG/14, sharded over 128 devices and data-parallel beyond; sizes of open_clip's model."""
+"""CLIP ViT-bigG/14, sharded over 64 devices and data-parallel beyond; sizes of open_clip's model."""
 
 from configs import base
 
@@ -11,5 +11,5 @@ def get_config():
   config.optimizer.learning_rate = 4e-4  # that of L/14, table 20
   config.train.scan = True  # 80 blocks would take the compiler long
   config.eval.batch_size = 512  # an image a device on 512
-  config.mesh.fsdp = 128  # divides all widths: 1664 = 13 * 128, 1280 = 10 * 128
+  config.mesh.fsdp = 64  # divides all widths, and is two sides of 8x8x8
   return config

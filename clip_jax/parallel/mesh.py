@@ -51,8 +51,10 @@ def _over_slices(count, sizes, devices):
     )
   if slices > 1 and count == 1:
     raise ConfigError(f"config.mesh.dcn_data=1, and the devices are in {slices} slices; set it to {slices}.")
+  # Where no whole axes of a torus make up a size, such as 128 on 8 x 8 x 8, one of them is split.
+  split = {"allow_split_physical_axes": True}
   if count == 1:
-    return mesh_utils.create_device_mesh(sizes, devices)
+    return mesh_utils.create_device_mesh(sizes, devices, **split)
   return mesh_utils.create_hybrid_device_mesh(
-    sizes, (count, *[1] * (len(sizes) - 1)), devices, process_is_granule=slices == 1
+    sizes, (count, *[1] * (len(sizes) - 1)), devices, process_is_granule=slices == 1, **split
   )

@@ -14,7 +14,7 @@ from tests.conftest import tiny
 
 
 def resolved(mesh, batch=16):
-  return configs.resolve(tiny(mesh=mesh, train={"global_batch_size": batch, "steps": 1}))
+  return configs.resolve(tiny(mesh=mesh, train={"global_batch_size": batch, "steps": 1}, eval={"batch_size": batch}))
 
 
 @pytest.mark.parametrize(
@@ -118,3 +118,9 @@ def test_slices_are_joined_along_data_alone(topology, sizes):
 def test_one_machine_is_not_several():
   with pytest.raises(ConfigError, match=re.escape("config.mesh.dcn_data=2 must be 1, the number of slices (1), or, without slices, of processes (1).")):
     meshes.create(resolved({"dcn_data": 2}))
+
+
+def test_a_size_that_is_no_product_of_a_torus_sides_is_laid_out_all_the_same():
+  devices = compiler.devices("v5p:4x4x4")
+  mesh = meshes.create(resolved({"data": 2, "fsdp": 32}, batch=64), devices)
+  assert mesh.devices.shape == (2, 32, 1) and len(set(mesh.devices.flat)) == 64
