@@ -13,7 +13,7 @@ from clip_jax.plan import chips
 from clip_jax.plan import compile as compiler
 
 # Of each TPU a topology of four chips, and how many devices these are.
-TOPOLOGIES = {"v2:2x2": 8, "v3:2x2": 8, "v4:2x2x1": 8, "v5e:2x2": 4, "v5p:2x2x1": 4, "v6e:2x2": 4, "tpu7x:2x2x1": 8}
+TOPOLOGIES = {"v2:2x2": 8, "v3:2x2": 8, "v4:2x2x1": 4, "v5e:2x2": 4, "v5p:2x2x1": 4, "v6e:2x2": 4, "tpu7x:2x2x1": 8}
 
 
 def test_every_tpu_of_the_table_is_asked_about():
