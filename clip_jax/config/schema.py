@@ -115,7 +115,7 @@ class Train:
   attention: str = "auto"  # "xla", "pallas" (our kernel, for TPU), "cudnn", or what the platform has; the same but for rounding
   remat: str = "none"  # what blocks compute again: "minimal", "attention" (all but that), "full", or "offload" to the host
   quantization: str = "none"  # "int8" or "fp8": products of blocks in it (extra `quantization`), gradients of kernels aside
-  scan: bool = False  # the blocks of a tower as one program in a loop: compiles in a third of the time
+  scan: bool = False  # the blocks of a tower as one program in a loop: compiles in half the time
   microbatches: int = 1  # parts that go through the towers one by one; the loss is that of the whole batch
   init_from: str = ""  # whose parameters to start from: anything that `clip_jax.load` reads
   init_tower: str = "both"  # or "image" or "text": the other tower starts from nothing
