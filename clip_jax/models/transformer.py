@@ -51,8 +51,8 @@ class How:
     remat: what blocks keep for the backward pass: a name of `REMAT`.
     scan: whether the blocks of a tower are one program that is run in a loop, which compiles sooner.
     product: the matrix product of activations and a kernel in blocks; `products.matmul` if None.
-    spread: a function that lays an array whose first axis is the batch over the devices; the compiler's choice if None.
-    whole: a function that gives every device all of an array.
+    spread: a function that lays an array whose first axis is the batch over the devices; left to the compiler if not given.
+    whole: a function that gives every device all of an array; likewise.
   """
 
   attend: Callable | None = None

@@ -1,6 +1,5 @@
 """The training step: one pure function of state and batch."""
 
-import functools
 import math
 
 import jax
@@ -109,8 +108,11 @@ def how(config, mesh):
     config: a `clip_jax.config.Train`.
     mesh: the device mesh.
   """
-  lay = functools.partial(functools.partial, jax.lax.with_sharding_constraint)
-  spread, whole = lay(shardings=rules.batch_sharding(mesh)), lay(shardings=rules.replicated(mesh))
+
+  def lay(sharding):
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+  spread, whole = lay(rules.batch_sharding(mesh)), lay(rules.replicated(mesh))
   product = None if config.quantization == "none" else products.quantized(config.quantization)
   return How(attention.create(config.attention, mesh), config.remat, config.scan, product, spread, whole)
 
