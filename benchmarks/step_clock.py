@@ -11,8 +11,8 @@ computes the norms that it logs. bfloat16 is `model.compute_dtype` for ours and 
 all. The loading of data is no part of it (benchmarks/input_pipeline.py).
 
 Every contender is a process of its own, and all have main.py's setting of memory; GLIBC_TUNABLES=glibc.malloc.hugetlb=0 in the environment is how to
-see them without. On a processor all are built and warmed up, and then run in turns; with `--apart`, and on an accelerator, whose memory two
-frameworks do not share, each turn builds and warms up anew. Exit codes: 0 done, 1 a contender failed, 2 wrong usage.
+see them without. On a processor all are built and warmed up, and then run in turns. Where memory is short of that, with `--apart`, and on an
+accelerator, whose memory two frameworks do not share, each turn builds and warms up anew. Exit codes: 0 done, 1 a contender failed, 2 wrong usage.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main():
   parser.add_argument("--peer", nargs="+", choices=INSTALL, default=[])
   parser.add_argument("--rounds", type=positive, default=5)
   parser.add_argument("--steps", type=positive, help="a round; 1 on a processor and 10 on an accelerator if left out")
-  parser.add_argument("--apart", action="store_true", help="one process at a time, for what does not fit into memory together")
+  parser.add_argument("--apart", action="store_true", help="one process at a time, even where memory has room for all")
   parser.add_argument("--json", action="store_true", help="print one object")
   arguments = parser.parse_args()
   given = os.environ.get("GLIBC_TUNABLES", "")
@@ -63,7 +63,7 @@ def main():
   on_cpu = here["platform"] == "cpu"
   count = arguments.steps or (1 if on_cpu else 10)
   contenders = [processes.Contender(who, run, count, here) for who in [OURS, *arguments.peer] for run in runs]
-  processes.measure(contenders, arguments.rounds, together=on_cpu and not arguments.apart)
+  together = processes.measure(contenders, arguments.rounds, together=on_cpu and not arguments.apart)
   found = summary(contenders, here) | {
     "config": arguments.config,
     "model": runs[0].model.name,
@@ -71,6 +71,7 @@ def main():
     "changes": arguments.set,
     "rounds": arguments.rounds,
     "steps": count,
+    "together": together,
     "load": [load, os.getloadavg()[0]],
   }
   if arguments.json:

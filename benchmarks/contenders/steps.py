@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import resource
 import time
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def serve(pipe, who, config, steps, here):
   """The life of a process: builds and warms up, then runs `steps` steps each time it is asked to.
 
   Args:
-    pipe: a `multiprocessing.Connection`. First it sends what is to be said of the contender, with `first_loss`, or `error`, a
-      sentence. For each True that comes it sends `seconds`, or `error`; it ends with False, or when nobody is there any more.
+    pipe: a `multiprocessing.Connection`. First it sends what is to be said of the contender, with `first_loss` and `memory`, bytes at
+      most, or `error`, a sentence. For each True that comes it sends `seconds`, or `error`; it ends with False, or when nobody is there any more.
     who: "ours" or a key of `INSTALL`.
     config: a resolved `Config`.
     steps: of each round.
@@ -51,7 +52,8 @@ def serve(pipe, who, config, steps, here):
   try:
     run, about = ours(config) if who == "ours" else peer(who, config, here)
     losses = [run(1) for _ in range(WARM_UP)]
-    pipe.send(about | {"first_loss": losses[0]})
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pipe.send(about | {"first_loss": losses[0], "memory": memory})
     with contextlib.suppress(EOFError):
       while pipe.recv():
         start = time.perf_counter()
