@@ -3,6 +3,8 @@
 --config   a recipe: a Python file whose get_config() returns a ConfigDict
 --workdir  folder for checkpoints, metrics and the report
 --profile=START:END  traces steps START to END - 1 into WORKDIR/profile (docs/performance.md)
+--dry_run  does everything but train: opens data and evaluation sets, compiles the step, prints the plan (docs/planning.md)
+--compiled=FILE  uses a step that `clip-jax plan --save-compiled` compiled, instead of compiling
 --config.a.b=value  changes a key; clip_jax/config/schema.py says which there are
 
 Started again with the same work directory, it resumes what is there. Exit codes: 0 done, 2 wrong usage,
@@ -14,17 +16,17 @@ import re
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
-from clip_jax.config import check_key
+from clip_jax.config import recipes
 from clip_jax.errors import StorageError, UsageError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, such as configs/vitb16.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything that a run needs, print its plan, and stop.")
+COMPILED = flags.DEFINE_string("compiled", None, "A file of `clip-jax plan --save-compiled`.")
 PROFILE = flags.DEFINE_string("profile", None, "START:END, steps to trace into WORKDIR/profile; END is not traced.")
 
 
@@ -43,7 +45,10 @@ def main(argv):
 
     distributed.enable_compilation_cache()
     distributed.initialize()
-    result = train.run(config, WORKDIR.value, profile=profile)
+    if DRY_RUN.value:
+      check(config, argv, profile)
+      return 0
+    result = train.run(config, WORKDIR.value, profile=profile, compiled=COMPILED.value)
     import jax
 
     if jax.process_index() == 0:
@@ -69,30 +74,32 @@ def parse(argv):
   Raises:
     UsageError: a flag or an override that does not exist, has the wrong type, or is missing.
   """
-  overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([^=]+)", arg))]
-  for path in overrides:
-    check_key(path)
+  of_config, others = recipes.split(argv[1:])
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS([argv[0], *others])
   except flags.Error as error:
     raise UsageError(str(error).strip()) from error
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    if not overrides:
-      raise UsageError(f"{recipe(argv)} cannot be loaded: {type(error).__name__} {error}") from error
-    raise UsageError(
-      f"One of --config.{', --config.'.join(overrides)} cannot be set ({' '.join(str(error).split())}); "
-      "the recipe must have the key, as those that start from configs/base.py do."
-    ) from error
+  config = recipes.load(of_config)
   if len(rest) > 1:
     raise UsageError(f"{rest[1]!r} is not a flag; flags start with --, as in --workdir=runs/mine.")
-  for name in ("config", "workdir"):
-    if flags.FLAGS[name].value is None:
+  for name, value in (("config", config), ("workdir", WORKDIR.value)):
+    if value is None:
       raise UsageError(f"--{name} is missing: python main.py --config=configs/vitb16.py --workdir=DIR")
-  try:
-    return CONFIG.value.copy_and_resolve_references()
-  except OSError as error:  # of a recipe that is missing or cannot be run, with the reason last
-    reason = str(error).strip().splitlines()[-1].strip()
-    raise UsageError(f"{recipe(argv)} cannot be loaded: {reason}") from error
+  return config
+
+
+def check(config, argv, profile):
+  """Does everything but train, and prints what it finds."""
+  import jax
+
+  from clip_jax.plan import dry_run, show
+
+  main = jax.process_index() == 0
+  name = recipes.name(recipes.split(argv[1:])[0])
+  tell = (lambda what, text: print(f"{what:<12}{text}", flush=True)) if main else (lambda what, text: None)
+  found = dry_run.run(config, WORKDIR.value, name, profile, COMPILED.value, tell)
+  if main:
+    print(show.page(found))
 
 
 def window(text):
@@ -107,11 +114,6 @@ def window(text):
   if not match:
     raise UsageError(f"--profile={text} is not START:END; 10:15 traces steps 10 to 14.")
   return int(match[1]), int(match[2])
-
-
-def recipe(argv):
-  """The flag that names the recipe, as it was given."""
-  return next((arg for arg in argv if re.match(r"--?config(=|$)", arg)), "--config")
 
 
 def tell(result, page, terminal):

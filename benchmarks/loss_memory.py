@@ -67,7 +67,7 @@ def row(name, method, topology, batch, embed, dtype):
     jax.value_and_grad(loss, argnums=(0, 1, 2)), out_shardings=(whole, (rows, rows, whole))
   )
   try:
-    report = compiler.compile(measured, embeddings, embeddings, scalar)
+    report = compiler.report(compiler.compile(measured, embeddings, embeddings, scalar))
   except compiler.OutOfMemoryError as error:
     nothing = dict.fromkeys(("temp_mib", "peak_mib", "flops", "bytes_accessed", "products", "collectives"))
     return found | nothing | {"error": str(error).splitlines()[0][:300]}

@@ -7,7 +7,7 @@
 Each row compiles the function that main.py runs, for every config on every topology. `train.remat=least` tries what is kept of
 blocks, from most to least, until it fits. Without arguments it compiles `CASES`. `--save` puts each row, as soon as it is there, in
 benchmarks/results/step_tpu_aot.json, in the place of an earlier one of the same name, so that a regression shows as a difference.
-Needs the extra `plan`; takes one to four minutes a row.
+Needs the extra `plan`; takes one to four minutes a row. What users want to know of a recipe, `clip-jax plan` says (docs/planning.md).
 """
 
 import argparse
@@ -23,13 +23,9 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where configs/ is
 
-import jax
-import jax.numpy as jnp
-
 from clip_jax import config as configs
 from clip_jax.losses import global_batch
 from clip_jax.parallel import mesh as meshes
-from clip_jax.parallel import rules
 from clip_jax.plan import chips
 from clip_jax.plan import compile as compiler
 from clip_jax.train import performance
@@ -122,11 +118,13 @@ def row(name, topology, batch, changes):
   }
   start = time.monotonic()
   try:
-    report = compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], inputs(config, mesh))
+    compiled = compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], steps.inputs(config, mesh))
   except compiler.OutOfMemoryError as error:
     return found | {"error": str(error).splitlines()[0][:300]}
+  report = compiler.report(compiled)
   return found | {
     "peak_hbm_gib": report.peak_bytes / GIB,
+    "memory_gib": {part: size / GIB for part, size in report.memory.items()},
     "arguments_gib": report.argument_bytes / GIB,
     "flops": report.flops,
     "bytes_accessed": report.bytes_accessed,
@@ -141,16 +139,6 @@ def value_of(text):
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
     return text
-
-
-def inputs(config, mesh):
-  """Shapes and shardings of a batch."""
-  batch, size = config.train.global_batch_size, config.model.image_size
-  sharding = rules.batch_sharding(mesh)
-  return {
-    "images": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8, sharding=sharding),
-    "tokens": jax.ShapeDtypeStruct((batch, config.model.text.context_length), jnp.int32, sharding=sharding),
-  }
 
 
 def show(row):

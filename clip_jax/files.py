@@ -17,11 +17,21 @@ def write_text(path, text):
     path: the file; an older one is replaced.
     text: its content.
   """
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path, content):
+  """Writes a file whole or not at all.
+
+  Args:
+    path: the file; an older one is replaced.
+    content: of it.
+  """
   path = Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with temporary.open("w", encoding="utf-8") as file:
-      file.write(text)
+    with temporary.open("wb") as file:
+      file.write(content)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from clip_jax.convert import sources
+from tests.conftest import tiny
 from tests.convert import models
+from tests.data import buckets
 
 CLI = [sys.executable, "-m", "clip_jax.cli"]
 
@@ -19,7 +21,7 @@ def run(*arguments, code=0, cwd=None):
   return done
 
 
-@pytest.mark.parametrize("verb", [[], ["data", "bench"], ["data", "inspect"]], ids=" ".join)
+@pytest.mark.parametrize("verb", [[], ["data", "bench"], ["data", "inspect"], ["doctor"], ["plan"]], ids=" ".join)
 def test_help_imports_no_jax(verb):
   script = (
     "import sys; from clip_jax import cli\n"
@@ -31,7 +33,7 @@ def test_help_imports_no_jax(verb):
   assert done.stdout.splitlines()[-1] == "[]"
 
 
-VERBS = ["models", "export", "import", "data index", "data bench", "data inspect", "data convert", "report", "doctor"]
+VERBS = ["models", "export", "import", "data index", "data bench", "data inspect", "data convert", "report", "plan", "doctor"]
 
 
 @pytest.mark.parametrize("verb", map(str.split, VERBS), ids=" ".join)
@@ -111,9 +113,136 @@ def test_data_convert_counts_passes_options_to_beam_and_never_overwrites(colors,
   assert "Beam cannot run with --runner=Nobody" in wrong.stderr and not (tmp_path / "x").exists()
 
 
+@pytest.fixture
+def recipes(tmp_path):
+  """A folder with recipes of a very small model: small.py, and again.py, which is the same."""
+  train = {"global_batch_size": 16, "steps": 4, "remat": "none", "scan": False, "microbatches": 1}
+  values = tiny(train=train, mesh={"data": -1, "fsdp": 1, "tensor": 1, "sharding": "fsdp"})
+  for name in ("small", "again"):
+    text = f"from ml_collections import ConfigDict\n\n\ndef get_config():\n  return ConfigDict({values!r})\n"
+    (tmp_path / f"{name}.py").write_text(text)
+  return tmp_path
+
+
+@pytest.mark.slow
+def test_plans_as_json_are_one_object_a_line_and_nothing_else(recipes):
+  done = run("plan", "--json", "--config=small.py", "--topology", "v5litepod-4", "h100:8", "--config.train.steps=8", cwd=recipes)
+  compiled, estimated = map(json.loads, done.stdout.splitlines())  # a third line would not go in
+  assert (compiled["topology"], compiled["accelerator_type"], compiled["chips"], compiled["method"]) == ("v5e:2x2", "v5litepod-4", 4, "compiler")
+  assert (estimated["topology"], estimated["accelerator_type"], estimated["chips"], estimated["method"]) == ("h100:8", None, 8, "analytic")
+  assert compiled["config"] == estimated["config"] == "small.py" and compiled["samples"] == estimated["samples"] == 8 * 16
+  assert compiled["fits"] is estimated["fits"] is True and compiled["cost"] is None and set(compiled) == set(estimated)
+
+
+@pytest.mark.slow
+def test_the_smallest_slice_is_found_by_the_name_of_its_chips(recipes):
+  found = json.loads(run("plan", "--json", "--min-slice", "--quick", "--config=small.py", "--topology=v5e", cwd=recipes).stdout)
+  assert (found["topology"], found["fits"], [one["topology"] for one in found["tried"]]) == ("v5e:1x1", True, ["v5e:1x1"])
+
+
+def test_a_plan_is_a_page_and_several_are_a_table(recipes):
+  done = run("plan", "--config", "small.py", "--topology=h100:8", "--price-per-chip-hour=2", cwd=recipes)
+  assert done.stdout.startswith("small.py on h100:8, 8 chips, by an estimate") and "at 2 a chip-hour" in done.stdout
+  assert "fits" in done.stdout and done.stderr == ""
+  done = run("plan", "--config", "small.py", "again.py", "--topology", "h100:8", "a100:4", "--price-per-chip-hour", "2", cwd=recipes)
+  lines = done.stdout.splitlines()
+  assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1 and done.stderr == ""
+  assert [line.split(" | ")[:2] for line in lines[2:]] == [
+    ["| small", "h100:8"], ["| small", "a100:4"], ["| again", "h100:8"], ["| again", "a100:4"],
+  ]  # fmt: skip
+
+
+def test_what_does_not_fit_is_an_answer_and_no_error(recipes):
+  flags = ["--config.train.global_batch_size=16777216", "--config.train.steps=4"]
+  found = json.loads(run("plan", "--json", "--config=small.py", "--topology=h100:1", *flags, cwd=recipes).stdout)
+  assert found["fits"] is False and found["missing_bytes"] > 0 and found["days"] is None and found["advice"]
+  done = run("plan", "--config=small.py", "--topology=h100:1", *flags, cwd=recipes)
+  assert "GiB too much" in done.stdout and " ".join(found["advice"][0]) in done.stdout
+  better = json.loads(run("plan", "--json", "--config=small.py", "--topology=h100:1", *flags, *found["advice"][0], cwd=recipes).stdout)
+  assert better["fits"] is True
+  searched = json.loads(run("plan", "--json", "--search", "--config=small.py", "--topology=h100:1", *flags, cwd=recipes).stdout)
+  assert searched["fits"] is True and searched["flags"] and searched["tried"]
+
+
+WITHOUT = """
+import sys
+
+
+class Without:
+  def __init__(self, finder):
+    self.finder = finder
+
+  def __getattr__(self, name):
+    return getattr(self.finder, name)
+
+  def find_spec(self, name, *more):
+    return None if name.partition(".")[0] == "libtpu" else self.finder.find_spec(name, *more)
+
+
+BLOCK
+from clip_jax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+BLOCKS = {"a broken module": "sys.modules['libtpu'] = None", "no package": "sys.meta_path[:] = map(Without, sys.meta_path)"}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_without_the_compiler_for_tpus_the_extra_that_has_it_is_named(recipes, block):
+  command = [sys.executable, "-c", WITHOUT.replace("BLOCK", block), "plan", "--config=small.py", "--topology=v5e:2x2"]
+  done = subprocess.run(command, text=True, capture_output=True, cwd=recipes, check=False)
+  assert (done.returncode, done.stdout) == (2, "")
+  said = [line for line in done.stderr.splitlines() if not line.startswith("compiling ")]
+  assert len(said) == 1 and "libtpu" in said[0] and "clip_jax[plan]" in said[0]
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--topology=v5e:3x3"], "'v5e:3x3' is not a slice of TPU v5e. There are v5e:1x1 (v5litepod-1), v5e:2x2 (v5litepod-4), v5e:2x4 (v5litepod-8)"),
+    (["--topology=v5litepod-7"], "v5e:16x16 (v5litepod-256)"),
+    (["--topology", "v5e:2x2", "moon:1"], "'moon:1' is not a topology"),
+    (["--topology=v5e:2x2", "--config.train.stps=1"], "config.train.stps is not a key of train. Did you mean steps?"),
+    (["--topology=v5e:2x2", "--config.train.global_batch_size=6"], "v5e:2x2: config.train.global_batch_size=6 cannot be split over 4 devices"),
+    (["--topology=v5e:2x2", "--config", "nowhere.py"], "--config=nowhere.py cannot be loaded: [Errno 2] No such file"),
+    (["--topology=v5e:2x2", "--config=again.py", "--save-compiled=x"], "--save-compiled keeps one program"),
+    (["--topology", "v5e:2x2", "v5e:2x4", "--save-compiled=x"], "--save-compiled keeps one program"),
+    (["--topology=h100:8", "--save-compiled=x"], "--save-compiled keeps one program"),
+    (["--topology=v5e:2x2", "--save-compiled=x", "--quick"], "leave one of them out"),
+    (["--topology=v5e:2x2", "--save-compiled=x", "--search"], "not allowed with"),
+    (["--topology=h100:8", "--min-slice"], "--min-slice is for TPUs"),
+    (["--topology=v5e:2x2", "--price-per-chip-hour=cheap"], "'cheap' is not a price"),
+    ([], "--topology"),
+  ],
+)
+def test_a_plan_that_cannot_be_made_exits_with_2_before_anything_is_compiled(recipes, arguments, message):
+  done = run("plan", "--config=small.py", *arguments, code=2, cwd=recipes)
+  assert message in done.stderr and "Traceback" not in done.stderr and "compiling" not in done.stderr
+  assert done.stdout == "" and not (recipes / "x").exists()
+
+
 def test_doctor_tells_devices_and_versions():
-  found = json.loads(run("doctor", "--json").stdout)
+  done = subprocess.run([*CLI, "doctor", "--json"], text=True, capture_output=True, check=False)
+  found = json.loads(done.stdout)
   assert found["devices"] >= 1 and found["jax"] and isinstance(found["extras"]["plan"], list)
+  assert done.returncode == (1 if found["wrong"] else 0)  # as on a machine with a GPU that JAX is not installed for
+  checks = {check["name"]: check for check in found["checks"]}
+  assert checks["versions"]["status"] == checks["disk"]["status"] == "ok"
+  assert found["warnings"] == sum(check["status"] == "warning" for check in found["checks"])
+
+
+def test_doctor_says_what_is_wrong_and_how_to_mend_it(tmp_path, monkeypatch):
+  monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
+  with buckets.s3("shards") as bucket:
+    for name, value in bucket.environment.items():
+      monkeypatch.setenv(name, value)
+    bucket.put("laion/0.tar", b"-")
+    done = run("doctor", "--workdir", "/proc/run", "--bucket", "s3://sherds", "--bucket", "s3://shards/laion", code=1)
+  lines = done.stdout.splitlines()
+  at = next(i for i, line in enumerate(lines) if "There is no bucket s3://sherds." in line)
+  assert lines[at].startswith("wrong    bucket ") and lines[at + 1].startswith("          ") and "aws s3 ls" in lines[at + 1]
+  assert any(line.startswith("ok       bucket ") and "s3://shards/laion/0.tar" in line for line in lines)
+  assert any(line.startswith("ok       region ") for line in lines)
+  assert lines[-1].startswith(f"{sum(line.startswith('wrong ') for line in lines)} wrong, ")
 
 
 @pytest.mark.parametrize(
@@ -134,10 +263,14 @@ def test_doctor_tells_devices_and_versions():
     (["export", "nowhere", "out", "--to", "keras"], "invalid choice"),
     (["export", "nowhere", "out", "--to", "openai", "--max-shard-size", "5 stones"], "'5 stones' is not a size; 5GB and 500MB are"),
     (["import", ".", "out"], "holds no checkpoint"),
+    (["doctor", "--bucket", "shards"], "--bucket shards: expected gs://NAME, or s3://NAME"),
+    (["doctor", "--bucket", "http://host/shards"], "http://host/shards: only local paths, gs:// and s3:// can be read"),
+    (["doctor", "--workdir", "gs://bucket/run"], "work directories are folders of this machine"),
     (["data", "convert", "nowhere/*.tar", "out"], "nowhere/*.tar: no such file"),
     (["data", "convert", "in", "out", "--format", "zip"], "invalid choice"),
     (["data", "convert", "in", "out", "--near-distance", "-1"], "'-1' is not a whole number from 1 on"),
     (["models", "--", "--runner=DirectRunner"], "nothing can follow -- here: --runner=DirectRunner"),
+    (["models", "--config.train.steps=3"], "nothing here has a config: --config.train.steps=3"),
     (["fly"], "invalid choice"),
     ([], "required"),
   ],

@@ -4,11 +4,12 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 """
 
 import argparse
+import inspect
 import json
 import sys
 
 from clip_jax.cli import arguments as types
-from clip_jax.cli import data
+from clip_jax.cli import data, doctor, plan
 from clip_jax.errors import StorageError, UsageError
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -21,28 +22,36 @@ def main(argv=None):
     argv: the arguments; those of the process if not given.
 
   Returns:
-    The exit code: 0 done, 2 wrong usage or input, 1 a disk or a bucket that does not answer. Anything else that
-    goes wrong is raised.
+    The exit code: 0 done, 2 wrong usage or input, 1 a disk or a bucket that does not answer, or a machine that `doctor`
+    finds broken. Anything else that goes wrong is raised.
   """
   own, passed_on = _split(sys.argv[1:] if argv is None else list(argv))
   parser = _parser()
-  arguments = parser.parse_args(own)
+  overrides = [argument for argument in own if argument.startswith("--config.")]
+  arguments = parser.parse_args([argument for argument in own if argument not in overrides])
+  if overrides and not hasattr(arguments, "overrides"):
+    parser.error(f"nothing here has a config: {overrides[0]}")
+  arguments.overrides = overrides
   if passed_on and not hasattr(arguments, "passed_on"):
     parser.error(f"nothing can follow -- here: {' '.join(passed_on)}")
   arguments.passed_on = passed_on
+  code = 0
   try:
     result = arguments.run(arguments)
+    # Of what takes minutes each, one after the other.
+    for found in result if inspect.isgenerator(result) else [result]:
+      if arguments.json:
+        print(json.dumps(arguments.json_of(found)), flush=True)
+      else:
+        arguments.show(found)
+      code = arguments.exit_code(found)
   except UsageError as error:
     print(error, file=sys.stderr)
     return EXIT_USAGE
   except StorageError as error:
     print(error, file=sys.stderr)
     return EXIT_FAILED
-  if arguments.json:
-    print(json.dumps(result))
-  else:
-    arguments.show(result)
-  return 0
+  return code
 
 
 def _split(argv):
@@ -66,7 +75,7 @@ def _parser():
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     one.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
-    one.set_defaults(run=run, show=show)
+    one.set_defaults(run=run, show=show, json_of=lambda found: found, exit_code=lambda _: 0)
     return one
 
   verb(verbs, "models", _models, _show_models, "List the models known by name.", "clip-jax models")
@@ -98,7 +107,8 @@ def _parser():
     one.add_argument("--model", metavar="NAME", help=(
       "which model a file of tensors holds that does not say so, such as ViT-B-32-quickgelu"
     ))  # fmt: skip
-  verb(verbs, "doctor", _doctor, _show_doctor, "Tell what this machine has for training.", "clip-jax doctor")
+  plan.add(verbs, verb)
+  doctor.add(verbs, verb)
   return parser
 
 
@@ -197,19 +207,3 @@ def _show_import(found):
 
 def _what(found):
   return f"{found['model']['name'] or 'a model without a name'}, {found['parameters'] / 1e6:,.2f} M parameters"
-
-
-def _doctor(_):
-  from clip_jax.parallel import distributed
-  from clip_jax.train import environment
-
-  distributed.leave_tpu_out()
-  return environment.describe() | {"extras": environment.extras()}
-
-
-def _show_doctor(found):
-  for key, value in found.items():
-    if key != "extras":
-      print(f"{key:<18}{value}")
-  for extra, missing in found["extras"].items():
-    print(f"extra {extra:<12}" + (f"missing: {', '.join(missing)}" if missing else "installed"))

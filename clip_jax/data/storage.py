@@ -145,6 +145,21 @@ class Storage:
       found.update(matches)
     return sorted(found)
 
+  def first(self, prefix):
+    """The first object, in the order of names, whose URL begins with another one; None if there is none.
+
+    Args:
+      prefix: `gs://BUCKET/...` or `s3://BUCKET/...`.
+
+    Raises:
+      UsageError: it may not be listed.
+      StorageError: the store does not answer.
+    """
+    bucket, keys = self._keys(prefix, prefix)
+    paths = (bucket + key.decode() for key in sorted(keys))
+    # Some stores answer with more; and consoles make objects that stand for folders.
+    return next((path for path in paths if path.startswith(prefix) and not path.endswith("/")), None)
+
   def open(self, path):
     """A seekable binary file, for libraries that want one."""
     return io.BufferedReader(_File(self, path, self.size(path)), 1 << 16)
@@ -207,18 +222,23 @@ class Storage:
       except DataError:
         return []
       return [pattern]
+    bucket, keys = self._keys(pattern, prefix)
+    # As in a file system, a star does not go from one folder into the next.
+    matches = re.compile(fnmatch.translate(pattern).replace(".*", "[^/]*")).match
+    return [path for path in (bucket + name.decode() for name in keys) if matches(path)]
+
+  def _keys(self, asked, prefix):
+    # The bucket and all keys in it that begin with what a URL ends with; what was asked for is for the message.
+    store, key = self._locate(prefix)
     start = key.encode()
     everything = type(store).KeyRange(start, _after(start)) if start else type(store).KeyRange()
     try:
       keys = store.list(everything).result(timeout=self.deadline)
     except TimeoutError:
-      raise StorageError(f"{pattern} has not been listed within {self.deadline:g} seconds.") from None
+      raise StorageError(f"{asked} has not been listed within {self.deadline:g} seconds.") from None
     except ValueError as error:
-      raise _explained(error, pattern, None) from error
-    bucket = prefix[: len(prefix) - len(key)]
-    # As in a file system, a star does not go from one folder into the next.
-    matches = re.compile(fnmatch.translate(pattern).replace(".*", "[^/]*")).match
-    return [path for path in (bucket + name.decode() for name in keys) if matches(path)]
+      raise _explained(error, asked, None) from error
+    return prefix[: len(prefix) - len(key)], keys
 
 
 class _File(io.RawIOBase):

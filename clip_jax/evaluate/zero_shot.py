@@ -21,7 +21,7 @@ class ZeroShot:
     Raises:
       DataError: a record has no label, or one that no class name belongs to.
     """
-    self.name, self._source, self._config, self._encoder = name, source, config, encoder
+    self.name, self.source, self._config, self._encoder = name, source, config, encoder
     self._tokenizer = tokenizer_for(encoder.model)
     labels = []
     for record in source:
@@ -71,4 +71,4 @@ class ZeroShot:
 
   def _pixels(self, index):
     model = self._encoder.model
-    return evaluation_pixels(self._source[int(index)], model.image_size, model.resize_mode)
+    return evaluation_pixels(self.source[int(index)], model.image_size, model.resize_mode)

@@ -9,6 +9,8 @@ from clip_jax.config import check_devices
 from clip_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
+# Flax linen's logical partitioning leaves placement to the compiler between annotations.
+AUTO = (jax.sharding.AxisType.Auto,) * len(AXES)
 BATCH_AXES = ("data", "fsdp")  # the batch is sharded over both; parameters over fsdp and tensor
 
 
@@ -32,14 +34,34 @@ def create(config, devices=None):
     ConfigError: the mesh or the batch does not fit the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  check_devices(config, len(devices))
+  sizes = _sizes(config, len(devices))
+  array = _over_slices(config.mesh.dcn_data, sizes, devices)
+  return jax.sharding.Mesh(array, AXES, axis_types=AUTO)
+
+
+def abstract(config, devices):
+  """The shape of the mesh that a number of devices would make, for shapes and shardings where there are none.
+
+  Args:
+    config: a resolved `clip_jax.config.Config`.
+    devices: how many.
+
+  Returns:
+    A `jax.sharding.AbstractMesh`.
+
+  Raises:
+    ConfigError: as `create`.
+  """
+  data, *others = _sizes(config, devices)
+  return jax.sharding.AbstractMesh((config.mesh.dcn_data * data, *others), AXES, axis_types=AUTO)
+
+
+def _sizes(config, devices):
+  check_devices(config, devices)
   sizes = [getattr(config.mesh, axis) for axis in AXES]
   if -1 in sizes:
-    sizes[sizes.index(-1)] = len(devices) // (config.mesh.dcn_data * math.prod(size for size in sizes if size != -1))
-  array = _over_slices(config.mesh.dcn_data, sizes, devices)
-  # Flax linen's logical partitioning leaves placement to the compiler between annotations.
-  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-  return jax.sharding.Mesh(array, AXES, axis_types=auto)
+    sizes[sizes.index(-1)] = devices // (config.mesh.dcn_data * math.prod(size for size in sizes if size != -1))
+  return sizes
 
 
 def _over_slices(count, sizes, devices):

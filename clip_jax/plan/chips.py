@@ -2,12 +2,17 @@
 
 Arithmetic is that of bfloat16 matrix products with float32 sums, dense: NVIDIA's datasheets print twice as much, for matrices of
 which every other number is zero. Memory is in binary units, as it is built and as drivers report it, whatever a datasheet's GB
-mean. Where a publication does not say something, this table does not either.
+mean. Where a publication does not say something, this table does not either. Which slices of a TPU there are, and what they are
+called, is of Google Cloud's pages for each version and of XPK's table
+(https://github.com/AI-Hypercomputer/xpk, src/xpk/core/system_characteristics.py).
 """
 
 import dataclasses
 
 GIB = 2**30
+
+PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x4x12", "4x8x8", "4x8x12", "8x8x8", "8x8x12", "8x8x16", "8x12x16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +26,13 @@ class Chip:
     memory_bandwidth: bytes a second between it and the chip.
     interconnect: bytes a second to other chips, all links and both directions together, or None.
     usable_bytes: what a program may use of the memory, by the message of libtpu's compiler (0.0.42) when it does not fit, or None.
-    topology: what its TPU topologies begin with ("v5e:16x16"), or None.
+    topology: what the names of its slices begin with: of a TPU in JAX ("v5e:16x16"), of a GPU with their number behind ("h100:8"); or None.
     cores: parts of it that JAX may show as a device each: TensorCores of a TPU.
+    network: bytes a second to other slices, or machines, in one direction, or None.
+    accelerator: what Google Cloud's accelerator types of its slices begin with ("v5litepod-256"), or None.
+    counts_cores: whether the number behind that counts TensorCores, instead of chips.
+    slices: shapes that can be rented, from small to large.
+    host: chips of one machine.
   """
 
   kinds: tuple[str, ...]
@@ -33,10 +43,15 @@ class Chip:
   usable_bytes: int | None = None
   topology: str | None = None
   cores: int = 1
+  network: float | None = None
+  accelerator: str | None = None
+  counts_cores: bool = False
+  slices: tuple[str, ...] = ()
+  host: int = 8
 
 
-def _chip(*kinds, tflops, gib, gb_per_second, interconnect=None, usable=None, topology=None, cores=1):
-  # In the units of datasheets: 1e12 a second, GiB, 1e9 bytes a second, GiB.
+def _chip(*kinds, tflops, gib, gb_per_second, interconnect=None, usable=None, gbit_network=None, **more):
+  # In the units of datasheets: 1e12 a second, GiB, 1e9 bytes a second, GiB, 1e9 bits a second.
   return Chip(
     kinds=kinds,
     flops=tflops * 1e12,
@@ -44,39 +59,54 @@ def _chip(*kinds, tflops, gib, gb_per_second, interconnect=None, usable=None, to
     memory_bandwidth=gb_per_second * 1e9,
     interconnect=None if interconnect is None else interconnect * 1e9,
     usable_bytes=None if usable is None else int(usable * GIB),
-    topology=topology,
-    cores=cores,
+    network=None if gbit_network is None else gbit_network * 1e9 / 8,
+    **more,
   )
 
 
 CHIPS = (
-  # Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks" (CACM 63.7), table 3. Each core is a device.
-  _chip("TPU v2", tflops=46, gib=16, gb_per_second=700, usable=2 * 7.48, topology="v2", cores=2),
-  # https://cloud.google.com/tpu/docs/v3. Each core is a device.
-  _chip("TPU v3", tflops=123, gib=32, gb_per_second=900, usable=2 * 15.48, topology="v3", cores=2),
-  # https://cloud.google.com/tpu/docs/v4. On machines both cores are one device; libtpu's topologies have one for each, with 15.25 GiB.
-  _chip("TPU v4", tflops=275, gib=32, gb_per_second=1200, usable=30.75, topology="v4", cores=2),
-  # https://cloud.google.com/tpu/docs/v5e
-  _chip("TPU v5 lite", "TPU v5e", tflops=197, gib=16, gb_per_second=819, interconnect=400, usable=15.75, topology="v5e"),
-  # https://cloud.google.com/tpu/docs/v5p. Both cores are one device.
-  _chip("TPU v5", "TPU v5p", tflops=459, gib=95, gb_per_second=2765, interconnect=1200, usable=95.74, topology="v5p", cores=2),
-  # https://cloud.google.com/tpu/docs/v6e; its bandwidth is that of https://cloud.google.com/tpu/docs/tpu7x, which compares the three.
-  _chip("TPU v6 lite", "TPU v6e", tflops=918, gib=32, gb_per_second=1638, interconnect=800, usable=31.25, topology="v6e"),
-  # https://cloud.google.com/tpu/docs/tpu7x. Each core is a device.
+  # Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks" (CACM 63.7), table 3: 4 links of 496 Gbit/s. Each
+  # core is a device.
+  _chip("TPU v2", tflops=46, gib=16, gb_per_second=700, interconnect=496, usable=2 * 7.48, topology="v2", cores=2),
+  # https://cloud.google.com/tpu/docs/v3; Jouppi et al. 2023, "TPU v4" (arXiv 2304.01433), table 4: 4 links of 70 GB/s. Each core is a device.
+  _chip("TPU v3", tflops=123, gib=32, gb_per_second=900, interconnect=560, usable=2 * 15.48, topology="v3", cores=2),
+  # https://cloud.google.com/tpu/docs/v4; Jouppi et al. 2023, table 4: 6 links of 50 GB/s; network: https://jax-ml.github.io/scaling-book/tpus.
+  # On machines both cores are one device; libtpu's topologies have one for each, with 15.25 GiB.
   _chip(
-    "TPU7x", tflops=2307, gib=192, gb_per_second=7380, interconnect=1200, usable=2 * 94.75, topology="tpu7x", cores=2
+    "TPU v4", tflops=275, gib=32, gb_per_second=1200, interconnect=600, gbit_network=50, usable=30.75, topology="v4", cores=2,
+    accelerator="v4", counts_cores=True, slices=(*CUBES[:-1], "8x16x16", "16x16x16"), host=4,
   ),
-  # NVIDIA A100 datasheet (80 GB: 2021; 40 GB: 2020): 312, or 624 with sparsity.
+  # https://cloud.google.com/tpu/docs/v5e; its network is that of a machine with 8 chips, 2 x 100 Gbit/s.
+  _chip(
+    "TPU v5 lite", "TPU v5e", tflops=197, gib=16, gb_per_second=819, interconnect=400, gbit_network=25, usable=15.75, topology="v5e",
+    accelerator="v5litepod", slices=PLANE,
+  ),
+  # https://cloud.google.com/tpu/docs/v5p. Both cores are one device.
+  _chip(
+    "TPU v5", "TPU v5p", tflops=459, gib=95, gb_per_second=2765, interconnect=1200, gbit_network=50, usable=95.74, topology="v5p", cores=2,
+    accelerator="v5p", counts_cores=True, slices=(*CUBES, "8x16x16", "12x16x16", "16x16x16", "16x16x24"), host=4,
+  ),
+  # https://cloud.google.com/tpu/docs/v6e; its memory's bandwidth and network are those of https://cloud.google.com/tpu/docs/tpu7x, which compares the three.
+  _chip(
+    "TPU v6 lite", "TPU v6e", tflops=918, gib=32, gb_per_second=1638, interconnect=800, gbit_network=100, usable=31.25, topology="v6e",
+    accelerator="v6e", slices=PLANE,
+  ),
+  # https://cloud.google.com/tpu/docs/tpu7x. Each core is a device. Rented as nodes of GKE, by topology; the type is that of XPK and gcloud.
+  _chip(
+    "TPU7x", tflops=2307, gib=192, gb_per_second=7380, interconnect=1200, gbit_network=100, usable=2 * 94.75, topology="tpu7x", cores=2,
+    accelerator="tpu7x", counts_cores=True, slices=("1x1x1", *CUBES, "8x16x16", "12x16x16", "16x16x16", "16x16x24"), host=4,
+  ),
+  # NVIDIA A100 datasheet (80 GB: 2021; 40 GB: 2020): 312, or 624 with sparsity. Network: DGX A100 datasheet, 8 x 200 Gbit/s.
   _chip("NVIDIA A100-SXM4-40GB", tflops=312, gib=40, gb_per_second=1555, interconnect=600),
-  _chip("NVIDIA A100-SXM4-80GB", tflops=312, gib=80, gb_per_second=2039, interconnect=600),
+  _chip("NVIDIA A100-SXM4-80GB", tflops=312, gib=80, gb_per_second=2039, interconnect=600, gbit_network=200, topology="a100"),
   _chip("NVIDIA A100-PCIE-40GB", tflops=312, gib=40, gb_per_second=1555),
   _chip("NVIDIA A100 80GB PCIe", tflops=312, gib=80, gb_per_second=1935),
-  # NVIDIA H100 datasheet (SXM, PCIe, NVL): with sparsity 1,979, 1,513 and 1,671.
-  _chip("NVIDIA H100 80GB HBM3", tflops=1979 / 2, gib=80, gb_per_second=3350, interconnect=900),
+  # NVIDIA H100 datasheet (SXM, PCIe, NVL): with sparsity 1,979, 1,513 and 1,671. Network: DGX H100 and H200 datasheets, 8 x 400 Gbit/s.
+  _chip("NVIDIA H100 80GB HBM3", tflops=1979 / 2, gib=80, gb_per_second=3350, interconnect=900, gbit_network=400, topology="h100"),
   _chip("NVIDIA H100 PCIe", tflops=1513 / 2, gib=80, gb_per_second=2000),
   _chip("NVIDIA H100 NVL", tflops=1671 / 2, gib=94, gb_per_second=3900, interconnect=600),
   # NVIDIA H200 datasheet (SXM, NVL): with sparsity 1,979 and 1,671.
-  _chip("NVIDIA H200", tflops=1979 / 2, gib=141, gb_per_second=4800, interconnect=900),
+  _chip("NVIDIA H200", tflops=1979 / 2, gib=141, gb_per_second=4800, interconnect=900, gbit_network=400, topology="h200"),
   _chip("NVIDIA H200 NVL", tflops=1671 / 2, gib=141, gb_per_second=4800, interconnect=900),
   # NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s of eight, 72 PFLOPS in 8 bits with sparsity, of which 16 bits and density leave a quarter.
   _chip("NVIDIA B200", tflops=2250, gib=180, gb_per_second=8000, interconnect=1800),
@@ -104,7 +134,7 @@ def of_kind(kind):
 
 
 def of_topology(topology):
-  """The chip of a TPU topology.
+  """The chip of a topology.
 
   Args:
     topology: such as "v5e:16x16".
@@ -114,6 +144,11 @@ def of_topology(topology):
   """
   prefix = topology.partition(":")[0]
   return next((chip for chip in CHIPS if chip.topology == prefix), None)
+
+
+def is_tpu(chip):
+  """Whether a chip can be compiled for where it is not."""
+  return chip.kinds[0].startswith("TPU")
 
 
 def share(device):

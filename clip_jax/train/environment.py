@@ -6,8 +6,6 @@ import os
 import platform
 import time
 
-import jax
-
 import clip_jax
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -20,6 +18,7 @@ EXTRAS = {
   "sentencepiece": ("sentencepiece",),
   "plan": ("libtpu",),
   "beam": ("apache_beam",),
+  "quantization": ("qwix",),
   "wandb": ("wandb",),
 }
 
@@ -32,18 +31,33 @@ def extras():
   }
 
 
-def describe():
-  """Versions and devices as a flat dict."""
-  devices = jax.devices()
+def describe(devices=None):
+  """Versions and devices as a flat dict.
+
+  Args:
+    devices: `jax.Device`s of all processes; those that JAX sees if not given, and none where it does not start.
+  """
+  if devices is None:
+    import jax  # not before: without it, too, there is something to describe
+
+    devices = jax.devices()
+  first = devices[0] if devices else None
   found = {
     "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-    "device": devices[0].device_kind,
-    "platform": devices[0].platform,
+    "device": first and first.device_kind,
+    "platform": first and first.platform,
     "devices": len(devices),
-    "processes": jax.process_count(),
+    "processes": len({device.process_index for device in devices}),
     "cpu_cores": os.cpu_count(),
     "system": platform.platform(),
     "python": platform.python_version(),
     "clip_jax": clip_jax.__version__,
   }
-  return found | {package: importlib.metadata.version(package) for package in PACKAGES}
+  return found | {package: _version(package) for package in PACKAGES}
+
+
+def _version(package):
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None

@@ -24,7 +24,7 @@ from clip_jax.files import write_text
 from clip_jax.losses import global_batch
 from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
-from clip_jax.train import checkpoint, environment, hooks, metrics, performance, step
+from clip_jax.train import checkpoint, environment, hooks, metrics, performance, program, step
 from clip_jax.train import state as states
 from clip_jax.train.progress import Progress
 
@@ -56,20 +56,40 @@ class Result:
     return self.step == self.steps
 
 
-def run(config, workdir, profile=None):
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """What a run has opened, described and checked before its first step.
+
+  Attributes:
+    data: the `Dataset` that is trained on.
+    records: its length, which the order of examples depends on; of a mixture a list of them.
+    weights: the `Source` of `train.init_from`, or None.
+    evaluators: as `create_evaluators` returns.
+    state: shapes and shardings of the state.
+  """
+
+  data: dataset.Dataset
+  records: int | list
+  weights: object
+  evaluators: list
+  state: states.TrainState
+
+
+def run(config, workdir, profile=None, compiled=None):
   """Trains, or resumes what the work directory holds.
 
   Args:
     config: a `ConfigDict` or a nested dict; see `clip_jax.config`.
     workdir: folder for everything the run writes; made if missing.
     profile: steps to trace into its folder `profile`, a pair of ints: the first, and the first not to trace any more.
+    compiled: a file with the compiled step (`clip_jax.train.program`), used where it is of this run's config, versions and devices.
 
   Returns:
     A `Result`. On SIGTERM or SIGINT the step is finished, everything is saved, and the result is not
     complete: the same call goes on from there.
 
   Raises:
-    UsageError: the config, the data, the work directory or the steps to trace cannot be used.
+    UsageError: the config, the data, the work directory, the steps to trace or the compiled step cannot be used.
   """
   config = configs.resolve(config)
   if profile is not None:
@@ -88,7 +108,8 @@ def run(config, workdir, profile=None):
       check_same_run(workdir, config)
     if start >= config.train.steps:
       return Result(start, config.train.steps, start)
-    return _train(config, workdir, mesh, checkpoints, start, profile)
+    train_step = program.load(compiled, config, mesh) if compiled else None
+    return _train(config, workdir, mesh, checkpoints, start, profile, train_step or step.create(config, mesh))
   finally:
     checkpoints.close()
 
@@ -148,8 +169,22 @@ def differences(old, new, prefix=""):
       yield f"{prefix}{key}", a, b
 
 
-def _train(config, workdir, mesh, checkpoints, start, profile):
-  batch = config.train.global_batch_size
+def prepare(config, workdir, mesh, checkpoints, start):
+  """Opens and checks all that a run needs beside its work directory.
+
+  Args:
+    config: a resolved `Config`.
+    workdir: the work directory.
+    mesh: the device mesh.
+    checkpoints: the `Checkpoints` that a run goes on from; not asked if it starts.
+    start: updates done.
+
+  Returns:
+    A `Prepared`.
+
+  Raises:
+    UsageError: the data, the weights to start from or an evaluation set cannot be used.
+  """
   data = dataset.create(config)
   records = list(data.lengths) if config.data.mixture else len(data)
   if start and checkpoints.records() != records:
@@ -160,30 +195,34 @@ def _train(config, workdir, mesh, checkpoints, start, profile):
     )
   weights = find_weights(config.train.init_from) if config.train.init_from and not start else None
   evaluators = create_evaluators(config, mesh, data)
-  described, _ = states.describe(config, mesh)
+  return Prepared(data, records, weights, evaluators, states.describe(config, mesh)[0])
+
+
+def _train(config, workdir, mesh, checkpoints, start, profile, train_step):
+  batch = config.train.global_batch_size
+  ready = prepare(config, workdir, mesh, checkpoints, start)
   main = jax.process_index() == 0
   if main:  # only now: a run that cannot open its data or weights leaves no trace of its config
-    describe_run(workdir, config, described)
+    describe_run(workdir, config, ready.state)
     how = global_batch.describe(config.loss, batch, config.model.embed_dim, meshes.batch_shards(mesh))
     print(how, file=sys.stderr, flush=True)
   if start:
-    state = checkpoints.restore(described)
+    state = checkpoints.restore(ready.state)
   else:
     state = states.create(config, mesh)
-    if weights:
-      state = states.start_from(state, config, weights)
+    if ready.weights:
+      state = states.start_from(state, config, ready.weights)
   writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
   measure = performance.Meter(config, list(mesh.devices.flat))
   log = hooks.Log(writer, config, clock, start, measure, progress or (lambda step, values: None))
-  save = hooks.Save(checkpoints, records, log, writer, config, clock)
+  save = hooks.Save(checkpoints, ready.records, log, writer, config, clock)
   trace = hooks.Profile(profile, start, config, clock, workdir)
-  every_step = (trace, log, hooks.Evaluate(evaluators, log, writer, config, clock, workdir), save)
+  every_step = (trace, log, hooks.Evaluate(ready.evaluators, log, writer, config, clock, workdir), save)
 
   bad = pipeline.BadRecords(workdir / "bad_records.jsonl", config.data.max_bad_share)
   rows = rules.local_rows(mesh, batch)
-  batches = pipeline.train_batches(data, config, rows=rows, start=start, bad_records=bad)
-  train_step = step.create(config, mesh)
+  batches = pipeline.train_batches(ready.data, config, rows=rows, start=start, bad_records=bad)
   done = start
   try:
     with StopSignals(mesh) as stop, trace:

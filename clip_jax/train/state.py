@@ -122,32 +122,52 @@ def start_from(state, config, source):
   Raises:
     UsageError: the parameters are those of another model; the message names the first that does not fit.
   """
-  tower = config.train.init_tower
-  _check_same_model(config.model, source.model, tower)
-  if tower != "image":
-    _check_same_tokenizer(config.model, source.tokenizer)
+  names = check_start(state.params, config, source)
   wanted = flax.traverse_util.flatten_dict(state.params, sep="/")
-  names = [name for name in {**wanted, **source.shapes} if tower == "both" or name.startswith(f"{tower}/")]
-  for name in names:
-    if name not in wanted or name not in source.shapes:
-      raise UsageError(f"{name} is in only one of config.model and config.train.init_from: they are different models.")
   placed = dict(wanted)
   averages = None if state.ema is None else flax.traverse_util.flatten_dict(state.ema, sep="/")
   for name in names:
     old, new = wanted[name], source.read(name)
-    if name in ("image/pos_embed", "image/pool/pos_embed"):
+    if name in RESIZED:
       new = resize_positions(new, len(old), classes=0 if config.model.vision.kind == "siglip" else 1)
-    if new.shape != old.shape:
-      raise UsageError(
-        f"{name} is {list(new.shape)} in config.train.init_from, and config.model needs {list(old.shape)}: they are "
-        "different models."
-      )
     new = np.asarray(new, old.dtype)
     for arrays in (placed, averages):
       if arrays is not None:
         arrays[name] = jax.make_array_from_callback(old.shape, old.sharding, lambda part, new=new: new[part])
   params, ema = (arrays and flax.traverse_util.unflatten_dict(arrays, sep="/") for arrays in (placed, averages))
   return state.replace(params=params, ema=ema)
+
+
+def check_start(params, config, source):
+  """Checks that a model's parameters can take the place of a run's, without reading them.
+
+  Args:
+    params: the parameters of a state, or their shapes.
+    config: as `start_from`.
+    source: as `start_from`.
+
+  Returns:
+    The paths of the parameters that it replaces.
+
+  Raises:
+    UsageError: as `start_from`.
+  """
+  tower = config.train.init_tower
+  _check_same_model(config.model, source.model, tower)
+  if tower != "image":
+    _check_same_tokenizer(config.model, source.tokenizer)
+  wanted = flax.traverse_util.flatten_dict(params, sep="/")
+  names = [name for name in {**wanted, **source.shapes} if tower == "both" or name.startswith(f"{tower}/")]
+  for name in names:
+    if name not in wanted or name not in source.shapes:
+      raise UsageError(f"{name} is in only one of config.model and config.train.init_from: they are different models.")
+    new, old = list(source.shapes[name].shape), list(wanted[name].shape)
+    if new != old and not (name in RESIZED and new[1:] == old[1:]):
+      raise UsageError(f"{name} is {new} in config.train.init_from, and config.model needs {old}: they are different models.")
+  return names
+
+
+RESIZED = ("image/pos_embed", "image/pool/pos_embed")  # interpolated for another image size
 
 
 def _check_same_model(wanted, given, tower):

@@ -45,6 +45,23 @@ def create(config, mesh):
   )
 
 
+def inputs(config, mesh):
+  """Shapes and shardings of a batch, for a program that is compiled before there is one.
+
+  Args:
+    config: a resolved `Config`.
+    mesh: the device mesh.
+
+  Returns:
+    A dict of `jax.ShapeDtypeStruct`: what `create` calls a batch.
+  """
+  batch, size, sharding = config.train.global_batch_size, config.model.image_size, rules.batch_sharding(mesh)
+  return {
+    "images": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8, sharding=sharding),
+    "tokens": jax.ShapeDtypeStruct((batch, config.model.text.context_length), jnp.int32, sharding=sharding),
+  }
+
+
 def train_step(config, mesh):
   """The step before jit: normalise, encode, loss over the global batch, gradients, update."""
   optimizer, schedule = optimizers.create(config)
@@ -145,7 +162,8 @@ def loss_with(config, mesh):
   def loss(params, embeddings, batch):
     scale, bias = jnp.exp(params["logit_scale"]), params.get("logit_bias", 0.0)
     keys = global_batch.caption_keys(batch["tokens"]) if config.mask_duplicates else None
-    return contrastive_loss(*embeddings, scale, bias, keys=keys)
+    with jax.named_scope("contrastive_loss"):  # by which plan/memory.py knows what is the loss's
+      return contrastive_loss(*embeddings, scale, bias, keys=keys)
 
   return loss
 

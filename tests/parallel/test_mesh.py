@@ -10,6 +10,7 @@ from clip_jax import config as configs
 from clip_jax.errors import ConfigError
 from clip_jax.parallel import mesh as meshes
 from clip_jax.plan import compile as compiler
+from clip_jax.train import state as states
 from tests.conftest import tiny
 
 
@@ -124,3 +125,19 @@ def test_a_size_that_is_no_product_of_a_torus_sides_is_laid_out_all_the_same():
   devices = compiler.devices("v5p:4x4x4")
   mesh = meshes.create(resolved({"data": 2, "fsdp": 32}, batch=64), devices)
   assert mesh.devices.shape == (2, 32, 1) and len(set(mesh.devices.flat)) == 64
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4}, {"data": 2, "fsdp": -1, "tensor": 2}, {"data": -1, "dcn_data": 1, "tensor": 4}])
+def test_an_abstract_mesh_has_the_shape_and_the_shardings_of_the_mesh(mesh):
+  config = configs.resolve(tiny(mesh=mesh))
+  real, abstract = meshes.create(config), meshes.abstract(config, 8)
+  assert dict(abstract.shape) == dict(real.shape) and abstract.axis_names == real.axis_names
+  shapes = [[leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(states.describe(config, one)[0])] for one in (real, abstract)]
+  assert shapes[0] == shapes[1]
+
+
+def test_an_abstract_mesh_counts_slices_and_refuses_what_a_mesh_does():
+  config = configs.resolve(tiny(mesh={"dcn_data": 2, "fsdp": 4}, train={"global_batch_size": 32, "steps": 1}, eval={"batch_size": 32}))
+  assert dict(meshes.abstract(config, 32).shape) == {"data": 8, "fsdp": 4, "tensor": 1}
+  with pytest.raises(ConfigError, match="cannot be laid over 12 devices"):
+    meshes.abstract(config, 12)

@@ -1,6 +1,7 @@
-"""The account of a program's text, and real compilations for TPU slices with libtpu."""
+"""Real compilations for TPU slices with libtpu."""
 
-import functools
+import importlib.util
+import platform
 
 import jax
 import jax.numpy as jnp
@@ -19,86 +20,7 @@ from clip_jax.plan import hlo
 from clip_jax.train import state as states
 from clip_jax.train import step as steps
 from tests.conftest import tiny
-
-
-def text_of(function, *arguments):
-  return jax.jit(function).lower(*arguments).compile().as_text()
-
-
-def test_products_in_nested_loops_count_as_often_as_they_run():
-  def inner(x, _):
-    return x @ x, None
-
-  def outer(x, _):
-    return jax.lax.scan(inner, x, None, length=5)[0], None
-
-  text = text_of(lambda x: jax.lax.scan(outer, x, None, length=3)[0], jnp.ones((16, 16)))
-  assert hlo.account(text).product_flops == 15 * 2 * 16**3
-  assert hlo.account(text, repeat=False).product_flops == 2 * 16**3
-  assert hlo.account(text).unknown_loops == 0
-
-
-@pytest.mark.parametrize(
-  "equation, a, b, flops",
-  [("ij,jk->ik", (4, 8), (8, 2), 2 * 4 * 8 * 2), ("bqhd,bkhd->bhqk", (2, 3, 4, 5), (2, 7, 4, 5), 2 * 2 * 4 * 3 * 7 * 5)],
-)
-def test_products_by_their_shapes(equation, a, b, flops):
-  text = text_of(functools.partial(jnp.einsum, equation), jnp.ones(a), jnp.ones(b))
-  assert hlo.account(text).product_flops == flops
-
-
-def test_a_convolution_counts_what_does_not_fall_on_padding():
-  call = functools.partial(jax.lax.conv, window_strides=(1, 1), padding="SAME")
-  text = text_of(call, jnp.ones((2, 3, 8, 8)), jnp.ones((5, 3, 3, 3)))
-  # Of three rows (columns) of a kernel, one misses the image at either end.
-  assert hlo.account(text).product_flops == 2 * 2 * 5 * 3 * (3 * 8 - 2) ** 2
-
-
-def test_collectives_in_loops_by_kind_count_and_size():
-  mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
-
-  def body(i, x):
-    return jax.lax.ppermute(x, "x", [(j, (j + 1) % 4) for j in range(4)])
-
-  def run(x):
-    return jax.lax.psum(jax.lax.fori_loop(0, 7, body, x), "x")
-
-  sharded = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec())
-  found = hlo.account(text_of(sharded, jnp.ones((64, 32)))).collectives
-  assert found["collective-permute"] == [7, 7 * 16 * 32 * 4]
-  assert found["all-reduce"] == [1, 16 * 32 * 4]
-
-
-def test_of_sliced_arrays_the_slices_are_accessed():
-  def run(x):
-    def body(i, x):
-      part = jax.lax.dynamic_slice_in_dim(x, 8 * i, 8)
-      return jax.lax.dynamic_update_slice_in_dim(x, 2 * part, 8 * i, 0)
-
-    return jax.lax.fori_loop(0, 64, body, x)
-
-  size = 512 * 256 * 4
-  accessed = hlo.account(text_of(run, jnp.ones((512, 256)))).bytes_accessed
-  assert 2 * size <= accessed < 8 * size  # and not 64 times the whole
-
-
-def test_a_transfer_that_is_spread_over_other_work_counts_once():
-  # As libtpu 0.0.42 writes the gather of vitb16's step, shortened: parts of one chain inside of fusions.
-  part = (
-    "  ROOT %all-gather.{0} = f32[8,4]{{1,0}} all-gather(%param_0.{0}), channel_id=1, dimensions={{0}}, "
-    'frontend_attributes={{chain_id="0"}}, metadata={{op_name="jit(step)/all_gather" stack_frame_id={1}}}'
-  )
-  parts = [(1, 7), (2, 7), (3, 8)]  # the third comes from another line of the program
-  fusions = [
-    f"%fused.{n} (param_0.{n}: f32[1,4]) -> f32[8,4] {{\n  %param_0.{n} = f32[1,4]{{1,0}} parameter(0)\n{part.format(n, frame)}\n}}\n"
-    for n, frame in parts
-  ]
-  calls = [f"  %fusion.{n} = f32[8,4]{{1,0}} fusion(%p), kind=kCustom, calls=%fused.{n}" for n, _ in parts]
-  entry = ["ENTRY %main (p: f32[1,4]) -> f32[8,4] {", "  %p = f32[1,4]{1,0} parameter(0)", *calls, "}"]
-  assert hlo.account("\n".join([*fusions, *entry])).collectives == {"all-gather": [2, 2 * 8 * 4 * 4]}
-
-
-# From here on, the compiler is the real one for TPUs.
+from tests.plan.conftest import step
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +36,7 @@ def report(name, method, devices, batch, dtype="float32"):
   x = jax.ShapeDtypeStruct((batch, 512), jnp.float32, sharding=rows)
   s = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
   call = jax.value_and_grad(lambda image, text, scale: loss(image, text, scale, -10.0), (0, 1, 2))
-  return compiler.compile(jax.jit(call, out_shardings=(whole, (rows, rows, whole))), x, x, s)
+  return compiler.report(compiler.compile(jax.jit(call, out_shardings=(whole, (rows, rows, whole))), x, x, s))
 
 
 @pytest.mark.slow
@@ -180,18 +102,9 @@ def test_a_step_with_micro_batches_compiles_and_gathers_only_embeddings(v5e):
     "images": jax.ShapeDtypeStruct((256, 16, 16, 3), jnp.uint8, sharding=sharding),
     "tokens": jax.ShapeDtypeStruct((256, 12), jnp.int32, sharding=sharding),
   }
-  found = compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], batch)
+  found = compiler.report(compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], batch))
   assert 0 < found.argument_bytes < found.peak_bytes
   assert found.collectives.get("all-gather", [0, 0])[1] <= 256 * 16 * 4 * 2
-
-
-@pytest.fixture
-def quickly():
-  """The compiler tries less hard to make a fast program, and is done in a third of the time; its products are the same."""
-  before = jax.config.jax_exec_time_optimization_effort
-  jax.config.update("jax_exec_time_optimization_effort", -1.0)
-  yield
-  jax.config.update("jax_exec_time_optimization_effort", before)
 
 
 @pytest.mark.slow
@@ -206,7 +119,7 @@ def test_a_step_of_vit_b_16_has_the_products_that_are_counted_for_mfu(quickly):
     "images": jax.ShapeDtypeStruct((64, 224, 224, 3), jnp.uint8, sharding=sharding),
     "tokens": jax.ShapeDtypeStruct((64, 77), jnp.int32, sharding=sharding),
   }
-  found = compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], batch)
+  found = compiler.report(compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], batch))
   assert 64 * size.training_flops(config.model, 64) == pytest.approx(found.product_flops * len(devices), rel=1e-3)
 
 
@@ -217,8 +130,23 @@ def test_what_does_not_fit_is_said(v5e):
     compiler.compile(jax.jit(lambda x: x * 2 + x[::-1]), x)
 
 
+def test_where_there_is_no_compiler_for_tpus_the_machine_is_named_that_it_runs_on(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+  monkeypatch.setattr(platform, "machine", lambda: "arm64")
+  with pytest.raises(UsageError, match="Linux on x86-64 alone, and this is .* on arm64") as error:
+    compiler.devices("v5e:2x2")
+  assert "\n" not in str(error.value)
+
+
 def test_a_topology_that_does_not_exist_is_one_sentence():
   with pytest.raises(UsageError) as error:
     compiler.devices("v9z:2x2")
   assert "'v9z:2x2' cannot be compiled for; v5e:16x16 can" in str(error.value)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["gather", "ring"])
+def test_a_step_for_a_single_chip_compiles(method, quickly):
+  """The compiler ends its process over a sum that is scattered among one device."""
+  found = step("v5e:1x1", loss={"method": method}, train={"global_batch_size": 16, "steps": 1})
+  assert compiler.report(found.compiled).product_flops > 0

@@ -12,7 +12,7 @@ import clip_jax
 from clip_jax import config as configs
 from clip_jax import train
 from clip_jax.errors import UsageError
-from clip_jax.train import performance
+from clip_jax.train import hooks, performance
 from tests.conftest import tiny
 
 
@@ -103,7 +103,7 @@ def test_a_run_that_fails_in_the_window_writes_its_trace(colors, tmp_path, monke
   def fail(self, step, state):
     raise OSError("no space left")
 
-  monkeypatch.setattr(train.loop.hooks.Save, "now", fail)
+  monkeypatch.setattr(hooks.Save, "now", fail)
   with pytest.raises(OSError, match="no space left"):
     train.run(config, tmp_path, profile=(1, 6))
   assert traced(tmp_path) == [([1, 2], 2)]
