@@ -155,20 +155,19 @@ def search(config, where, name="", price=None, most=4, tell=lambda text: None):
   """
   if where.chip is None:
     raise UsageError("What is fastest cannot be told for this machine: its chips have no published peak in clip_jax/plan/chips.py.")
-  # What does not fit by a tenth by our estimate is not worth two minutes.
-  possible = [one for one in candidates(config, where) if one.peak <= 1.1 * where.capacity]
+  # What does not fit by a tenth by our estimate is not worth two minutes; but as it is, a config is tried in any case: unrolled, the compiler
+  # computes again by itself what has no place.
+  possible = [one for one in candidates(config, where) if one.peak <= 1.1 * where.capacity or not one.changes]
   tried, best = [], None
   for one in possible:
     if len(tried) == most or (best and best["step_time_lower_bound_s"] <= one.seconds):
       break
-    tell(f"{name} on {where.topology} with {' '.join(one.flags) or 'no change'}: {len(tried) + 1} of at most {min(most, len(possible))}")
+    tell(f"{name} for {where.topology} with {' '.join(one.flags) or 'no change'}: {len(tried) + 1} of at most {min(most, len(possible))}")
     found, _ = plan(one.config, where, name, price)
     found = {**found, "flags": one.flags}
     tried.append(found)
     if found["fits"] and (best is None or found["step_time_lower_bound_s"] < best["step_time_lower_bound_s"]):
       best = found
-  if not tried:  # nothing comes near: the compiler says by how much
-    tried = [{**plan(config, where, name, price)[0], "flags": []}]
   return {**(best or tried[-1]), "tried": tried}
 
 
@@ -192,23 +191,19 @@ def smallest(recipe, family, name="", price=None, tell=lambda text: None):
       config = resolved(recipe, where)
     except ConfigError:
       continue
-    usable.append((config, where, estimated(config, where)["peak_hbm_bytes"]))
-  tried, best = [], None
-
-  def asks(number):
-    config, where, _ = usable[number]
-    tell(f"{name} on {where.topology}")
+    if _least(config, where) <= 1.25 * where.capacity:  # by which our estimate may be too high
+      usable.append((config, where))
+  tried = []
+  for config, where in usable:
+    tell(f"{name} for {where.topology}")
     tried.append(plan(config, where, name, price)[0])
-    return tried[-1]["fits"]
+    if tried[-1]["fits"]:
+      return {**tried[-1], "tried": tried}
+  return None
 
-  first = next((n for n, (_, where, peak) in enumerate(usable) if peak <= where.capacity), len(usable) - 1)
-  for number in range(max(first, 0), len(usable)):
-    if asks(number):
-      best = tried[-1]
-      break
-  # Smaller ones that our estimate ruled out by less than it may be wrong by.
-  for number in range(first - 1, -1, -1) if best and len(tried) == 1 else ():
-    if usable[number][2] > 1.25 * usable[number][1].capacity or not asks(number):
-      break
-    best = tried[-1]
-  return best and {**best, "tried": tried}
+
+def _least(config, where):
+  """Bytes of a chip that a config needs at least by our estimate: unrolled, the compiler may compute again whatever has no place."""
+  if not config.train.scan and config.train.remat == "none":
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, remat="full"))
+  return estimated(config, where)["peak_hbm_bytes"]

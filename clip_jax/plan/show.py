@@ -55,7 +55,7 @@ def page(found, price=None):
   of = f" of {found['hbm_capacity_bytes'] / GIB:.2f}"
   peak = f"{found['peak_hbm_bytes'] / GIB:.2f}{of} GiB a chip"
   line("fits", f"yes: {peak}" if found["fits"] else f"no, {found['missing_bytes'] / GIB:.2f} GiB too much: {peak}")
-  line("", ", ".join(f"{part} {size / GIB:.2f}" for part, size in found["memory"].items()))
+  line("", ", ".join(f"{part} {size / GIB:.2f}" for part, size in found["memory"].items() if size or found["fits"]))
   for flags in found["advice"]:
     line("would fit", f"{' '.join(flags)}  (by an estimate{'; --search asks the compiler' if found['method'] == 'compiler' else ''})")
   if not found["fits"] and not found["advice"]:
