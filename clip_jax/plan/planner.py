@@ -137,7 +137,7 @@ def _speed(config, where, found, number):
 def search(config, where, name="", price=None, most=4, tell=lambda text: None):
   """Looks for the fastest way to run a config on a topology: our estimate ranks, the compiler decides.
 
-  Candidates are compiled in the order of their estimates, until one that fits is at least as fast as the next could be.
+  Candidates are compiled in the order of their estimates, until one that fits is as fast as the next could be, or nearly.
 
   Args:
     config: a `Config` that `resolved` returned.
@@ -160,7 +160,7 @@ def search(config, where, name="", price=None, most=4, tell=lambda text: None):
   possible = [one for one in candidates(config, where) if one.peak <= 1.1 * where.capacity or not one.changes]
   tried, best = [], None
   for one in possible:
-    if len(tried) == most or (best and best["step_time_lower_bound_s"] <= one.seconds):
+    if len(tried) == most or (best and best["step_time_lower_bound_s"] <= 1.05 * one.seconds):
       break
     tell(f"{name} for {where.topology} with {' '.join(one.flags) or 'no change'}: {len(tried) + 1} of at most {min(most, len(possible))}")
     found, _ = plan(one.config, where, name, price)

@@ -70,7 +70,7 @@ def answers():
 @pytest.fixture(scope="module", params=["s3", "gs"])
 def bucket(request):
   """An emulated bucket with two objects, and the environment that leads to it."""
-  with pytest.MonkeyPatch.context() as patch, getattr(stores, request.param)("shards") as found:
+  with pytest.MonkeyPatch.context() as patch, getattr(stores, request.param)("checked-shards") as found:
     for name, value in found.environment.items():
       patch.setenv(name, value)
     found.put("laion/", b"-")  # what consoles make for a folder
