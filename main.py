@@ -95,7 +95,7 @@ def check(config, argv, profile):
   from clip_jax.plan import dry_run, show
 
   main = jax.process_index() == 0
-  name = recipes.name(recipes.split(argv[1:])[0])
+  name = recipes.name(argv)
   tell = (lambda what, text: print(f"{what:<12}{text}", flush=True)) if main else (lambda what, text: None)
   found = dry_run.run(config, WORKDIR.value, name, profile, COMPILED.value, tell)
   if main:

@@ -23,6 +23,7 @@ CORE = [
   "opencv-python-headless>=4.11",
   "optax>=0.2.6",
   "orbax-checkpoint>=0.12",
+  "packaging>=24.0",
   "pillow>=11.0",
   "protobuf>=5",  # examples in ArrayRecord files
   "pyarrow>=18.0",

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where configs/ is
 
 import jax
 
-from clip_jax.plan import chips, estimate, planner, slices, targets
+from clip_jax.plan import estimate, planner, slices, targets
 
 RESULTS = Path(__file__).parent / "results" / "plan_published.json"
 SIGLIP = {  # Zhai et al. 2023 (arXiv 2303.15343), section 4.2: texts of 16 tokens
@@ -72,7 +72,7 @@ def main():
 
 def measured(name, topology, recipe_name, changes, batch, published, source):
   """Plans one run, with XLA's attention and with what is taken by default."""
-  where = target(topology)
+  where = targets.of_topology(topology)  # v3 is not rented as slices any more
   number = slices.number_of_chips(topology)
   speeds = {}
   # Of v3 only the first: our kernel was never meant for it.
@@ -92,14 +92,6 @@ def measured(name, topology, recipe_name, changes, batch, published, source):
     "run": [name, topology], "batch": batch, "published": published, "bound": bound, "ratio": bound and published / bound,
     "predicted": bound and bound * estimate.EFFICIENCY, "with_kernel": len(speeds) > 1 and speeds["auto"] * estimate.EFFICIENCY or None, "remat": recipe.train.remat, "method": found["method"], "source": source,
   }  # fmt: skip
-
-
-def target(topology):
-  """As `planner.target`, of TPU v3, too, which cannot be planned for otherwise: it is not rented as slices any more."""
-  chip = chips.of_topology(topology)
-  if chip.topology != "v3":
-    return planner.target(topology)
-  return targets.Target(topology, chip, 2 * slices.number_of_chips(topology), 0.5, chip.usable_bytes)
 
 
 def show(row):

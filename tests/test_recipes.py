@@ -166,6 +166,14 @@ def test_a_change_that_cannot_be_made_is_one_message_that_names_it(mine, flag, m
   assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
 
 
+def assert_cannot_be_loaded(recipe, reason):
+  with pytest.raises(UsageError) as error:
+    recipes.load([f"--config={recipe}"])
+  message = str(error.value)
+  assert f"--config={recipe} cannot be loaded" in message and reason in message
+  assert "Traceback" not in message and "\n" not in message
+
+
 WRONG = {
   "syntax": ("def get_config(:", "SyntaxError"),
   "an import": ("import nowhere_at_all", "nowhere_at_all"),
@@ -185,11 +193,7 @@ def test_a_recipe_that_does_not_work_is_one_message_with_the_reason(folder, mine
   recipes.load([mine])  # one that does was there before
   path = folder / "wrong.py"
   path.write_text(content)
-  with pytest.raises(UsageError) as error:
-    recipes.load([f"--config={path}"])
-  message = str(error.value)
-  assert f"--config={path} cannot be loaded" in message and reason in message
-  assert "Traceback" not in message and "\n" not in message
+  assert_cannot_be_loaded(path, reason)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +208,4 @@ def test_a_recipe_that_does_not_work_is_one_message_with_the_reason(folder, mine
 )
 def test_a_recipe_that_is_not_there_is_one_message_with_its_name(folder, monkeypatch, named, reason):
   monkeypatch.chdir(folder)
-  with pytest.raises(UsageError) as error:
-    recipes.load([f"--config={named}"])
-  message = str(error.value)
-  assert f"--config={named} cannot be loaded" in message and reason in message
-  assert "Traceback" not in message and "\n" not in message
+  assert_cannot_be_loaded(named, reason)

@@ -43,12 +43,13 @@ def load(arguments):
   Raises:
     UsageError: a recipe that cannot be loaded, or a change of a key that does not exist or has another type.
   """
+  named = name(arguments)
   changed = [flag[1] for argument in arguments if (flag := FLAG.fullmatch(argument)) and flag[1]]
   for key in changed:
     check_key(key)
   # Recipes import the one they start from by the name of their folder, which lies wherever they do.
-  above = Path(name(arguments).partition(":")[0]).resolve().parent.parent
-  if name(arguments) and str(above) not in sys.path:
+  above = Path(named.partition(":")[0]).resolve().parent.parent
+  if named and str(above) not in sys.path:
     sys.path.append(str(above))
   sys.modules.pop("config_config", None)  # as ml_collections calls each recipe: one without get_config would be taken for the one before
   found = flags.FlagValues()
@@ -59,25 +60,25 @@ def load(arguments):
   except flags.Error as error:
     said = str(error).strip()
     if "Traceback" in said:  # of what the recipe itself raised
-      raise UsageError(f"--config={name(arguments)} cannot be loaded: {_last_line(said)}") from error
+      raise UsageError(f"--config={named} cannot be loaded: {_last_line(said)}") from error
     raise UsageError(said) from error
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     if not changed:
-      raise UsageError(f"--config={name(arguments)} cannot be loaded: {type(error).__name__} {error}") from error
+      raise UsageError(f"--config={named} cannot be loaded: {type(error).__name__} {error}") from error
     raise UsageError(
       f"One of --config.{', --config.'.join(changed)} cannot be set ({' '.join(str(error).split())}); "
       "the recipe must have the key, as those that start from configs/base.py do."
     ) from error
   except Exception as error:  # whatever else a recipe may raise, or that it is no Python
-    raise UsageError(f"--config={name(arguments)} cannot be loaded: {type(error).__name__} {' '.join(str(error).split())}") from error
-  if config.value is None and not name(arguments):
+    raise UsageError(f"--config={named} cannot be loaded: {type(error).__name__} {' '.join(str(error).split())}") from error
+  if config.value is None and not named:
     return None
   try:
     return config.value.copy_and_resolve_references()
   except OSError as error:  # of a recipe that is missing or cannot be run, with the reason last
-    raise UsageError(f"--config={name(arguments)} cannot be loaded: {_last_line(error)}") from error
+    raise UsageError(f"--config={named} cannot be loaded: {_last_line(error)}") from error
   except AttributeError as error:
-    raise UsageError(f"--config={name(arguments)} cannot be loaded: its get_config() returns no ConfigDict.") from error
+    raise UsageError(f"--config={named} cannot be loaded: its get_config() returns no ConfigDict.") from error
 
 
 def _last_line(text):
@@ -88,7 +89,7 @@ def name(arguments):
   """The recipe that is named: "configs/vitb16.py"; an empty string if none is.
 
   Args:
-    arguments: flags of the config, as `split` finds them.
+    arguments: of a command line.
   """
   for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
     if flag := re.fullmatch(r"--?config(=.*)?", argument):

@@ -133,6 +133,11 @@ def path_name(path):
   return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
+def local_bytes(tree):
+  """Bytes that a device holds of a tree of arrays, or of `jax.ShapeDtypeStruct`s with shardings."""
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def table(described):
   """Which part of each array a device holds, as lines for people to read; blocks that are alike share a line.
 
@@ -146,7 +151,7 @@ def table(described):
   for title, tree in described:
     rows, here, numbers = {}, 0, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-      part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      part = local_bytes(leaf)
       name = re.sub(r"\bblock_\d+\b", "block_*", path_name(path))
       spec = ", ".join("+".join(_axes(axes)) or "-" for axes in (*leaf.sharding.spec, *[None] * len(leaf.shape))[: len(leaf.shape)])
       rows.setdefault((name, str(leaf.dtype), str(list(leaf.shape)), spec, part), []).append(path)

@@ -22,9 +22,12 @@ def estimated(config, where):
 
   Returns:
     A dict with the keys of a plan that depend on the program.
+
+  Raises:
+    ConfigError: it cannot be laid over the devices.
   """
   mesh, per_chip = meshes.abstract(config, where.devices * slices_of(config, where)), 1 / where.share
-  parts = estimate.memory(config, mesh)
+  parts, traffic = estimate.memory(config, mesh), estimate.hbm_bytes(config, mesh) * per_chip
   peak = sum(parts.values()) * per_chip
   return {
     "method": "analytic",
@@ -32,8 +35,8 @@ def estimated(config, where):
     "peak_hbm_bytes": peak,
     "memory": {part: size * per_chip for part, size in parts.items()},
     "flops": estimate.step_flops(config) / mesh.size * per_chip,
-    "bytes_accessed": estimate.hbm_bytes(config, mesh) * per_chip,
-    "hbm_traffic_bytes": estimate.hbm_bytes(config, mesh) * per_chip,
+    "bytes_accessed": traffic,
+    "hbm_traffic_bytes": traffic,
     "collectives": {kind: [count, size * per_chip] for kind, (count, size) in estimate.collectives(config, mesh).items()},
   }
 
@@ -70,14 +73,13 @@ def candidates(config, where):
   Returns:
     A list of `Candidate`, those that do not fit by our estimate included.
   """
-  found, devices = [], where.devices * slices_of(config, where)
+  found = []
   for changes in _changes(config, where):
+    changed = _with(config, changes)
     try:
-      changed = _with(config, changes)
-      configs.check_devices(changed, devices)
-    except ConfigError:
+      said = estimated(changed, where)
+    except ConfigError:  # it cannot be laid over these devices
       continue
-    said = estimated(changed, where)
     # A processor has no published peak; its arithmetic is what is compared then.
     limits = estimate.seconds(where.chip, said["flops"], said["hbm_traffic_bytes"], said["collectives"]) if where.chip else {"compute": said["flops"]}
     found.append(Candidate(changed, changes, said["peak_hbm_bytes"], max(limits.values())))

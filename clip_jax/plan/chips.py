@@ -33,6 +33,7 @@ class Chip:
     counts_cores: whether the number behind that counts TensorCores, instead of chips.
     slices: shapes that can be rented, from small to large.
     host: chips of one machine.
+    devices: that JAX shows of one on machines; of libtpu's topologies, too, but for v4 (`compile.devices`).
   """
 
   kinds: tuple[str, ...]
@@ -48,6 +49,7 @@ class Chip:
   counts_cores: bool = False
   slices: tuple[str, ...] = ()
   host: int = 8
+  devices: int = 1
 
 
 def _chip(*kinds, tflops, gib, gb_per_second, interconnect=None, usable=None, gbit_network=None, **more):
@@ -67,9 +69,9 @@ def _chip(*kinds, tflops, gib, gb_per_second, interconnect=None, usable=None, gb
 CHIPS = (
   # Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks" (CACM 63.7), table 3: 4 links of 496 Gbit/s. Each
   # core is a device.
-  _chip("TPU v2", tflops=46, gib=16, gb_per_second=700, interconnect=496, usable=2 * 7.48, topology="v2", cores=2),
+  _chip("TPU v2", tflops=46, gib=16, gb_per_second=700, interconnect=496, usable=2 * 7.48, topology="v2", cores=2, devices=2),
   # https://cloud.google.com/tpu/docs/v3; Jouppi et al. 2023, "TPU v4" (arXiv 2304.01433), table 4: 4 links of 70 GB/s. Each core is a device.
-  _chip("TPU v3", tflops=123, gib=32, gb_per_second=900, interconnect=560, usable=2 * 15.48, topology="v3", cores=2),
+  _chip("TPU v3", tflops=123, gib=32, gb_per_second=900, interconnect=560, usable=2 * 15.48, topology="v3", cores=2, devices=2),
   # https://cloud.google.com/tpu/docs/v4; Jouppi et al. 2023, table 4: 6 links of 50 GB/s; network: https://jax-ml.github.io/scaling-book/tpus.
   # On machines both cores are one device; libtpu's topologies have one for each, with 15.25 GiB.
   _chip(
@@ -93,7 +95,7 @@ CHIPS = (
   ),
   # https://cloud.google.com/tpu/docs/tpu7x. Each core is a device. Rented as nodes of GKE, by topology; the type is that of XPK and gcloud.
   _chip(
-    "TPU7x", tflops=2307, gib=192, gb_per_second=7380, interconnect=1200, gbit_network=100, usable=2 * 94.75, topology="tpu7x", cores=2,
+    "TPU7x", tflops=2307, gib=192, gb_per_second=7380, interconnect=1200, gbit_network=100, usable=2 * 94.75, topology="tpu7x", cores=2, devices=2,
     accelerator="tpu7x", counts_cores=True, slices=("1x1x1", *CUBES, "8x16x16", "12x16x16", "16x16x16", "16x16x24"), host=4,
   ),
   # NVIDIA A100 datasheet (80 GB: 2021; 40 GB: 2020): 312, or 624 with sparsity. Network: DGX A100 datasheet, 8 x 200 Gbit/s.

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax import config as configs
 from clip_jax.data import order, pipeline
 from clip_jax.errors import UsageError
 from clip_jax.losses import global_batch
@@ -15,8 +14,9 @@ from clip_jax.models import size
 from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
 from clip_jax.plan import planner
-from clip_jax.train import checkpoint, hooks, loop, performance, program
+from clip_jax.train import checkpoint, loop, program
 from clip_jax.train import state as states
+from clip_jax.train.doctor import machine
 
 EXAMPLES = 32  # that are loaded: enough to meet what is wrong with all of them
 
@@ -39,11 +39,7 @@ def run(config, workdir, name="", profile=None, compiled=None, tell=lambda what,
     UsageError: the run could not begin; the message is the one it would end with.
     StorageError: a disk or a bucket does not answer.
   """
-  config = configs.resolve(config)
-  if profile is not None:
-    hooks.check_window(profile, config.train.steps)
-  mesh = meshes.create(config)
-  config = performance.settled(config, mesh.devices.flat[0])
+  config, mesh = loop.settle(config, profile)
   model, train = config.model, config.train
   tell("config", f"{model.name or 'a model without a name'}, {size.parameters(model) / 1e6:,.1f} M parameters, {model.compute_dtype}; "
        f"{train.steps:,} steps of {train.global_batch_size:,} pairs")  # fmt: skip
@@ -62,7 +58,7 @@ def run(config, workdir, name="", profile=None, compiled=None, tell=lambda what,
     states.check_start(ready.state.params, config, ready.weights)
     tell("init_from", f"{train.init_from}: {ready.weights.layout}, {size.parameters(ready.weights.model) / 1e6:,.1f} M parameters")
   tell("mesh", f"{mesh.size} devices as {', '.join(f'{axis} {length}' for axis, length in mesh.shape.items())}; "
-       + rules.table([("parameters", ready.state.params), ("optimizer", ready.state.opt_state)]).rpartition("\n")[2])  # fmt: skip
+       f"{rules.local_bytes(ready.state) / 2**30:.2f} GiB of state a device")  # fmt: skip
   tell("loss", global_batch.describe(config.loss, train.global_batch_size, model.embed_dim, meshes.batch_shards(mesh)).removeprefix("loss: "))
   if compiled and program.load(compiled, config, mesh):
     tell("compiled", f"{compiled} is a program of this run, and would be used")
@@ -73,9 +69,8 @@ def run(config, workdir, name="", profile=None, compiled=None, tell=lambda what,
 @contextlib.contextmanager
 def _opened(workdir, config):
   """The checkpoints of a work directory, or None if it holds none; and whether a run could write there."""
-  there = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
   try:
-    with tempfile.TemporaryFile(dir=there):
+    with tempfile.TemporaryFile(dir=machine.existing(workdir)):
       pass
   except OSError as error:
     raise UsageError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error

@@ -6,14 +6,12 @@ meshes and policies are worth compiling. The constants were fitted to the compil
 """
 
 import dataclasses
-import math
 import re
-
-import jax
 
 from clip_jax.losses import global_batch
 from clip_jax.models import size
 from clip_jax.parallel import mesh as meshes
+from clip_jax.parallel import rules
 from clip_jax.train import state as states
 
 # The share of the lower bound's speed that published runs of CLIP-like models reach: docs/planning.md, "Published and predicted".
@@ -261,12 +259,8 @@ def _state_bytes(config, mesh):
   key = config.model, config.optimizer, config.mesh, mesh.axis_sizes
   if key not in _known:
     state, _ = states.describe(config, mesh)
-    _known[key] = _local_bytes(state.params), _local_bytes((state.opt_state, state.ema))
+    _known[key] = rules.local_bytes(state.params), rules.local_bytes((state.opt_state, state.ema))
   return _known[key]
 
 
 _known = {}
-
-
-def _local_bytes(tree):
-  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -70,16 +70,14 @@ def _compiled(where, report):
 
 def _does_not_fit(config, where, error):
   found = estimated(config, where)
-  parts = found["memory"]
-  state = sum(parts[part] for part in ("parameters", "optimizer", "batch"))
+  state = {part: found["memory"][part] for part in ("parameters", "optimizer", "batch")}
   # What the compiler calls temporaries has the state in it, too. Whose the rest is is not known of a program that is not there.
   needed = error.needed_bytes / where.share if error.needed_bytes else found["peak_hbm_bytes"]
-  parts = {part: parts[part] if part in ("parameters", "optimizer", "batch") else 0 for part in memory.PARTS}
   return {
     "method": "compiler",
     "fits": False,
     "peak_hbm_bytes": needed,
-    "memory": parts | {"temporaries": needed - state},
+    "memory": dict.fromkeys(memory.PARTS, 0) | state | {"temporaries": needed - sum(state.values())},
     "flops": None,
     "bytes_accessed": None,
     "hbm_traffic_bytes": None,

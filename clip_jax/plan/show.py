@@ -1,6 +1,6 @@
 """A plan for people: a page of lines, or a row of a table."""
 
-GIB = 2**30
+from clip_jax.plan.chips import GIB
 
 
 def head(price=None):

@@ -50,11 +50,14 @@ def target(name):
     devices = jax.devices()
     share = chips.share(devices[0]) or 1
     return Target(name, chips.of_kind(devices[0].device_kind), len(devices), share, round(_memory_here() / share))
-  topology = slices.topology_of(name)
+  return of_topology(slices.topology_of(name))
+
+
+def of_topology(topology):
+  """The `Target` of a topology of any chip in the table, whether such slices are rented or not."""
   chip = chips.of_topology(topology)
-  # Both cores of a v4 or a v5p are one device; of other chips each is one (chips.py).
-  share = 0.5 if chip.cores == 2 and chip.topology not in ("v4", "v5p") else 1
-  return Target(topology, chip, round(slices.number_of_chips(topology) / share), share, chip.usable_bytes or chip.memory_bytes)
+  devices = slices.number_of_chips(topology) * chip.devices
+  return Target(topology, chip, devices, 1 / chip.devices, chip.usable_bytes or chip.memory_bytes)
 
 
 def _memory_here():

@@ -26,13 +26,9 @@ class Checkpoints:
       tokenizer: the model's `FileTokenizer`, which each checkpoint holds; None if it has CLIP's own.
     """
     self._config, self._tokenizer = config, tokenizer
-    folder = (Path(workdir) / "checkpoints").absolute()
-    if jax.process_index() == 0:
-      # Orbax can do this too, but in a thread that outlives a run which ends at once.
-      for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a save that was killed
+    self._folder = (Path(workdir) / "checkpoints").absolute()
     self._manager = ocp.CheckpointManager(
-      folder,
+      self._folder,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=config.checkpoint.keep_last,
         keep_period=config.checkpoint.keep_every,
@@ -40,6 +36,13 @@ class Checkpoints:
         enable_should_save_is_saving_in_progress_check=False,
       ),
     )
+
+  def clear_leftovers(self):
+    """Removes what a save left that was killed; for a run that begins, as another that is alive may be saving."""
+    if jax.process_index() == 0:
+      # Orbax can do this too, but in a thread that outlives a run which ends at once.
+      for leftover in self._folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
   def latest_step(self):
     """The step of the newest whole checkpoint, or None."""

@@ -53,10 +53,11 @@ def describe(devices=None):
     "python": platform.python_version(),
     "clip_jax": clip_jax.__version__,
   }
-  return found | {package: _version(package) for package in PACKAGES}
+  return found | {package: version(package) for package in PACKAGES}
 
 
-def _version(package):
+def version(package):
+  """The version of an installed package, or None."""
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:

@@ -91,17 +91,14 @@ def run(config, workdir, profile=None, compiled=None):
   Raises:
     UsageError: the config, the data, the work directory, the steps to trace or the compiled step cannot be used.
   """
-  config = configs.resolve(config)
-  if profile is not None:
-    hooks.check_window(profile, config.train.steps)
+  config, mesh = settle(config, profile)
   workdir = Path(workdir)
-  mesh = meshes.create(config)
-  config = performance.settled(config, mesh.devices.flat[0])
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UsageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
   checkpoints = checkpoint.Checkpoints(workdir, config, pipeline.file_tokenizer_for(config.model))
+  checkpoints.clear_leftovers()
   try:
     start = checkpoints.latest_step() or 0
     if start:
@@ -112,6 +109,26 @@ def run(config, workdir, profile=None, compiled=None):
     return _train(config, workdir, mesh, checkpoints, start, profile, train_step or step.create(config, mesh))
   finally:
     checkpoints.close()
+
+
+def settle(config, profile=None):
+  """What a run begins with: its config as it will be run here, and the devices.
+
+  Args:
+    config: as `run`.
+    profile: as `run`.
+
+  Returns:
+    A resolved `Config`, and the device mesh.
+
+  Raises:
+    UsageError: the config or the steps to trace cannot be used.
+  """
+  config = configs.resolve(config)
+  if profile is not None:
+    hooks.check_window(profile, config.train.steps)
+  mesh = meshes.create(config)
+  return performance.settled(config, mesh.devices.flat[0]), mesh
 
 
 def check_same_run(workdir, config):

@@ -1,7 +1,6 @@
 """A compiled training step as a file: made where there is time, run where chips are paid for."""
 
 import hashlib
-import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import clip_jax
 from clip_jax import config as configs
 from clip_jax import files
 from clip_jax.errors import UsageError
+from clip_jax.train import environment
 from clip_jax.train import state as states
 from clip_jax.train import step as steps
 
@@ -20,7 +20,6 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 CODE = ("losses", "models", "parallel", "train")  # packages that a step is traced from
 SECTIONS = ("model", "loss", "train", "optimizer", "mesh")  # of the config
 NOT_IN_IT = ("log_every", "init_from", "init_tower")  # keys of `train` that a step does not depend on
-METRICS = ("gradient_norm", "learning_rate", "logit_bias", "logit_scale", "loss", "parameter_norm")
 
 
 def save(path, compiled, config, mesh):
@@ -37,10 +36,11 @@ def save(path, compiled, config, mesh):
   """
   from jax.experimental import serialize_executable
 
-  payload, _, _ = serialize_executable.serialize(compiled)
-  header = json.dumps({"sha256": hashlib.sha256(payload).hexdigest(), **_made_of(config, mesh)}).encode()
+  payload, _, out_tree = serialize_executable.serialize(compiled)
+  _, metrics = jax.tree.unflatten(out_tree, range(out_tree.num_leaves))
+  header = {"sha256": hashlib.sha256(payload).hexdigest(), "metrics": list(metrics), **_made_of(config, mesh)}
   try:
-    files.write_bytes(path, MAGIC + header + b"\n" + payload)
+    files.write_bytes(path, MAGIC + json.dumps(header).encode() + b"\n" + payload)
   except OSError as error:
     raise UsageError(f"{path} cannot be written: {error.strerror or error}.") from error
 
@@ -71,8 +71,7 @@ def load(path, config, mesh):
       print(f"{path} is not used, and the step is compiled: {_difference(key, header[key], value)}.", file=sys.stderr, flush=True)
       return None
   state, batch = states.describe(config, mesh)[0], steps.inputs(config, mesh)
-  names = [name for name in METRICS if name != "logit_bias" or config.model.logit_bias_init is not None]
-  in_tree, out_tree = jax.tree.structure(((state, batch), {})), jax.tree.structure((state, dict.fromkeys(names, 0)))
+  in_tree, out_tree = jax.tree.structure(((state, batch), {})), jax.tree.structure((state, dict.fromkeys(header["metrics"], 0)))
   devices = list(mesh.devices.flat)
   return serialize_executable.deserialize_and_load(payload, in_tree, out_tree, devices[0].client, devices)
 
@@ -97,23 +96,17 @@ def _read(path):
 def _made_of(config, mesh):
   """Everything that a compiled step depends on, ready for JSON."""
   values = configs.to_dict(config)
+  values["train"] = {key: value for key, value in values["train"].items() if key not in NOT_IN_IT}
   devices = list(mesh.devices.flat)
   return {
-    "versions": {name: _version(name) for name in PACKAGES},
+    "versions": {name: environment.version(name) for name in PACKAGES},
     "code": _digest(),
     "kind": devices[0].device_kind,
     "mesh": dict(mesh.shape),
     # Which chip does which part, by its place in the slice.
     "devices": [[device.id, *map(int, getattr(device, "coords", ()))] for device in devices],
-    "config": {name: {key: value for key, value in values[name].items() if (name, key) not in {("train", key) for key in NOT_IN_IT}} for name in SECTIONS},
+    "config": {name: values[name] for name in SECTIONS},
   }
-
-
-def _version(name):
-  try:
-    return importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return None
 
 
 def _digest():

@@ -13,9 +13,10 @@ import pytest
 
 from clip_jax.errors import UsageError
 from clip_jax.plan import chips
+from clip_jax.plan.chips import GIB
 from clip_jax.train import doctor
 from clip_jax.train.doctor import devices, machine, versions
-from clip_jax.train.doctor.check import GIB, guarded
+from clip_jax.train.doctor.check import guarded
 from clip_jax.train.doctor.devices import Facts
 
 ROOT = Path(__file__).parents[2]

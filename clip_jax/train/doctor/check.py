@@ -2,8 +2,6 @@
 
 import dataclasses
 
-GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True)
 class Check:

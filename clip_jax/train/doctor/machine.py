@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from clip_jax.data.locations import cache_folder
-from clip_jax.train.doctor.check import GIB, Check
+from clip_jax.plan.chips import GIB
+from clip_jax.train.doctor.check import Check
 
 # What a process holds in the host's memory: records of blocks, up to data.block_cache, 8 GiB; data.prefetch batches; a checkpoint that is being
 # written, 12 bytes a parameter (weights and two moments in float32), which is 5 GiB of ViT-L/14 and 30 of bigG, shared by
@@ -141,7 +142,7 @@ def disk(folder, least=FREE_SPACE, size=TRIAL_BYTES):
     size: bytes to write, and to remove again.
   """
   folder = Path(folder)
-  there = _existing(folder)
+  there = existing(folder)
   if not there.is_dir():
     return Check("disk", "wrong", f"{there} is a file, not a folder.", "Choose another --workdir.")
   free = shutil.disk_usage(there).free
@@ -169,7 +170,7 @@ def compilation_cache():
   if given and "://" in given:
     return Check(name, "skipped", f"{given} is not a folder of this machine.")
   folder = Path(given) if given else cache_folder("xla")
-  there = _existing(folder)
+  there = existing(folder)
   try:
     _write(there, 1)
   except OSError as error:
@@ -180,8 +181,8 @@ def compilation_cache():
   return Check(name, "ok", f"{folder} can be written.")
 
 
-def _existing(folder):
-  # The folder, or the nearest above it that there is.
+def existing(folder):
+  """A folder, or the nearest above it that there is."""
   folder = folder.absolute()
   return next(path for path in (folder, *folder.parents) if path.exists())
 
