@@ -5,10 +5,11 @@
 --profile=START:END  traces steps START to END - 1 into WORKDIR/profile (docs/performance.md)
 --dry_run  does everything but train: opens data and evaluation sets, compiles the step, prints the plan (docs/planning.md)
 --compiled=FILE  uses a step that `clip-jax plan --save-compiled` compiled, instead of compiling
+--force_new  begins anew where there is a run, which is moved to WORKDIR/before
 --config.a.b=value  changes a key; clip_jax/config/schema.py says which there are
 
 Started again with the same work directory, it resumes what is there. Exit codes: 0 done, 2 wrong usage,
-config or input, 75 stopped early with everything saved, 1 anything else.
+config or input, 75 stopped early with everything saved, 1 anything else (docs/reliability.md).
 """
 
 import os
@@ -18,7 +19,7 @@ import sys
 from absl import flags
 
 from clip_jax.config import recipes
-from clip_jax.errors import StorageError, UsageError
+from clip_jax.errors import StorageError, TrainingError, UsageError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -27,6 +28,7 @@ EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything that a run needs, print its plan, and stop.")
 COMPILED = flags.DEFINE_string("compiled", None, "A file of `clip-jax plan --save-compiled`.")
+FORCE_NEW = flags.DEFINE_bool("force_new", False, "Begin anew where there is a run, which is moved to WORKDIR/before.")
 PROFILE = flags.DEFINE_string("profile", None, "START:END, steps to trace into WORKDIR/profile; END is not traced.")
 
 
@@ -39,16 +41,20 @@ def main(argv):
     config = parse(argv)
     profile = window(PROFILE.value)
     # Imported after the flags are known to be right: a typing error should not cost seconds.
+    from clip_jax import config as configs
     from clip_jax import train
     from clip_jax.parallel import distributed
     from clip_jax.report import page, terminal
 
+    settings = configs.resolve(config).train
+    if settings.deterministic:
+      distributed.make_deterministic()
     distributed.enable_compilation_cache()
-    distributed.initialize()
+    distributed.initialize(settings.host_timeout)
     if DRY_RUN.value:
       check(config, argv, profile)
       return 0
-    result = train.run(config, WORKDIR.value, profile=profile, compiled=COMPILED.value)
+    result = train.run(config, WORKDIR.value, profile=profile, compiled=COMPILED.value, force_new=FORCE_NEW.value)
     import jax
 
     if jax.process_index() == 0:
@@ -59,6 +65,9 @@ def main(argv):
     return EXIT_USAGE
   except StorageError as error:
     print(f"{error} The last checkpoint is whole; the same command goes on from it.", file=sys.stderr)
+    return EXIT_FAILED
+  except TrainingError as error:
+    print(error, file=sys.stderr)
     return EXIT_FAILED
 
 

@@ -86,6 +86,13 @@ def get_config():
   config.train.init_tower = "both"
   config.train.seed = 0
   config.train.log_every = 1
+  config.train.max_bad_steps = 10
+  config.train.spike_factor = 2.0
+  config.train.spike_window = 100
+  config.train.on_spike = "record"
+  config.train.step_timeout = 1_800.0
+  config.train.host_timeout = 100
+  config.train.deterministic = False
 
   config.optimizer = ConfigDict()
   config.optimizer.name = "adamw"  # section 2.5
@@ -128,6 +135,7 @@ def get_config():
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 1_000
+  config.checkpoint.every_minutes = placeholder(float)
   config.checkpoint.keep_last = 3
   config.checkpoint.keep_every = placeholder(int)
   return config

@@ -32,7 +32,7 @@ def workdir(tmp_path_factory):
   for step in (2, 10):
     state = states.create(config, mesh)
     state = state.replace(params={**state.params, "logit_scale": np.float32(np.log(step))})
-    checkpoints.save(step, state, 1)
+    checkpoints.save(step, state, records=1)
   checkpoints.close()
   return path
 
@@ -62,7 +62,7 @@ def test_a_model_of_the_sigmoid_loss_has_its_bias(tmp_path):
   sections = dict(model={**tiny()["model"], "logit_bias_init": -10.0}, loss={"name": "sigmoid"}, mesh={"data": 1})
   config = configs.resolve(tiny(**sections))
   checkpoints = checkpoint.Checkpoints(tmp_path, config)
-  checkpoints.save(1, states.create(config, meshes.create(config, jax.devices()[:1])), 1)
+  checkpoints.save(1, states.create(config, meshes.create(config, jax.devices()[:1])), records=1)
   checkpoints.close()
   assert clip_jax.load(tmp_path).logit_bias == -10
 

@@ -55,15 +55,22 @@ def check(config):
   one_of("config.train.attention", config.train.attention, ("auto", "xla", "pallas", "cudnn"))
   one_of("config.train.quantization", config.train.quantization, ("none", "int8", "fp8"))
   one_of("config.train.remat", config.train.remat, ("none", "minimal", "attention", "full", "offload"))
+  one_of("config.train.on_spike", config.train.on_spike, ("record", "rollback"))
   _check_mesh(config.mesh)
   _check_data(config.data)
   _check_ranges(
     ("train.seed", config.train.seed, 0, 2**32 - 1),
     ("train.microbatches", config.train.microbatches, 1, 10**6),
     ("train.log_every", config.train.log_every, 1, 10**9),
+    ("train.max_bad_steps", config.train.max_bad_steps, 1, 10**9),
+    ("train.spike_window", config.train.spike_window, 2, 10**6),
+    ("train.spike_factor", config.train.spike_factor, 1, 1e9),
+    ("train.step_timeout", config.train.step_timeout, 1, 1e9),
+    ("train.host_timeout", config.train.host_timeout, 10, 10**6),
     ("eval.every", config.eval.every, 0, 10**9),
     ("eval.batch_size", config.eval.batch_size, 1, 10**6),
     ("checkpoint.every", config.checkpoint.every, 1, 10**9),
+    ("checkpoint.every_minutes", config.checkpoint.every_minutes, 0.001, 1e9),
     ("checkpoint.keep_last", config.checkpoint.keep_last, 1, 10**6),
   )
   if config.model.vision.kind == "resnet" and config.train.microbatches > 1:
@@ -109,7 +116,7 @@ MOST_WEIGHTS = 10**6
 
 def _check_ranges(*rows):
   for path, value, low, high in rows:
-    if not low <= value <= high:
+    if value is not None and not low <= value <= high:
       raise ConfigError(f"config.{path}={value} must lie between {low:,} and {high:,}.")
 
 

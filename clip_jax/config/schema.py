@@ -121,6 +121,13 @@ class Train:
   init_tower: str = "both"  # or "image" or "text": the other tower starts from nothing
   seed: int = 0  # of the parameters, and of what is left out of an example in training
   log_every: int = 1  # steps
+  max_bad_steps: int = 10  # in a row whose loss or gradients are not finite (each is skipped), before the run stops
+  spike_factor: float | None = 2.0  # a loss this many times the median of those before is told of
+  spike_window: int = 100  # logged losses before it
+  on_spike: str = "record"  # or "rollback": go back to the last checkpoint and leave out the batches since then
+  step_timeout: float | None = 1_800.0  # seconds without progress until all stacks are printed; after twice as long the run ends
+  host_timeout: int = 100  # seconds without a sign of life from a host, until the others end
+  deterministic: bool = False  # the same bits each time on GPUs, too, which costs speed there; TPUs and CPUs need no switch
 
 
 @dataclass(frozen=True)
@@ -203,6 +210,7 @@ class Checkpoint:
   """When to save and what to keep; always saved at the end and on SIGTERM or SIGINT."""
 
   every: int = 1_000  # steps
+  every_minutes: float | None = None  # also when this much time has passed since the last one
   keep_last: int = 3
   keep_every: int | None = None  # steps; also keep each multiple of it for good
 

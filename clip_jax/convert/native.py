@@ -17,17 +17,21 @@ import orbax.checkpoint as ocp
 
 import clip_jax
 from clip_jax import config as configs
+from clip_jax import files
 from clip_jax.data.tokenizer_files import FileTokenizer
 from clip_jax.errors import DataError, UsageError
-from clip_jax.files import read_json
+from clip_jax.parallel import digest
 
-# Number of the layout of a checkpoint; a reader refuses one that it does not know.
-FORMAT = 1
+# Number of the layout of a checkpoint; a reader refuses one that it does not know. 2 added digests to the card, and to the state of a
+# run how many steps were skipped.
+FORMAT = 2
+READABLE = (1, 2)
 # What is read or written at a time, unless one parameter is larger: fewer calls, in memory that does not matter.
 CHUNK_BYTES = 64 * 2**20
 
-# Orbax logs each internal step at INFO and WARNING; what matters to a person is said by the caller.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs each internal step, and of a failure every task that it takes along; what matters to a person is said by the caller.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def card(model, **values):
@@ -68,23 +72,31 @@ def read_card(folder):
   Raises:
     UsageError: there is no card, or a newer version wrote it.
   """
-  written = _read_json(folder, "card")
-  if written.get("format") != FORMAT:
-    raise UsageError(
-      f"{folder} has checkpoint format {written.get('format')}; this version reads format {FORMAT}."
-    )
+  written = read_json(folder, "card")
   model = configs.model_from_dict(written.get("model"))
   if model.tokenizer == "clip":
     return model, None
-  return model, FileTokenizer.from_dict(_read_json(folder, "tokenizer"))
+  return model, FileTokenizer.from_dict(read_json(folder, "tokenizer"))
 
 
-def _read_json(folder, item):
+def read_json(folder, item):
+  """What an item of a checkpoint says.
+
+  Args:
+    folder: what `find` gave.
+    item: "card" or "tokenizer".
+
+  Raises:
+    UsageError: it is not there, or a newer version wrote it.
+  """
   path = Path(folder) / item / "metadata"
   try:
-    return read_json(path)
+    written = files.read_json(path)
   except DataError as error:
     raise UsageError(f"{folder} is not a checkpoint of clip_jax: {path} cannot be read.") from error
+  if item == "card" and written.get("format") not in READABLE:
+    raise UsageError(f"{folder} has checkpoint format {written.get('format')}; this version reads formats 1 to {FORMAT}.")
+  return written
 
 
 class Params:
@@ -110,6 +122,7 @@ class Params:
       tree = tree[self._item]
     except Exception as error:  # Orbax and TensorStore raise what they like
       raise UsageError(f"{folder} is not a whole checkpoint: its arrays cannot be read.") from error
+    self._digests = read_json(folder, "card").get("digests", {})
     self._waiting = {}
     self._metadata = flax.traverse_util.flatten_dict(tree, sep="/")
     self.shapes = {
@@ -151,7 +164,12 @@ class Params:
       restored = self._checkpointer.restore(self._folder, args=args)[self._item]
     except Exception as error:
       raise UsageError(f"{self._folder}: {names[0]} cannot be read ({str(error).splitlines()[0]}).") from error
-    return {name: np.asarray(array) for name, array in flax.traverse_util.flatten_dict(restored, sep="/").items()}
+    arrays = {name: np.asarray(array) for name, array in flax.traverse_util.flatten_dict(restored, sep="/").items()}
+    for name, array in arrays.items():
+      written = self._digests.get(f"{self._item}/{name}")
+      if written is not None and digest.of_array(array) != written:  # the first format has none
+        raise UsageError(f"{self._folder}: {name} is not what was written: the checkpoint is damaged.")
+    return arrays
 
 
 def write(folder, model, tokenizer, params, **values):
@@ -167,14 +185,14 @@ def write(folder, model, tokenizer, params, **values):
   from orbax.checkpoint import v1  # partial saves are there alone
 
   folder = Path(folder).absolute()
-  waiting, size = {}, 0
+  waiting, size, digests = {}, 0, {}
 
   def save():
     v1.partial.save(folder, {"params": flax.traverse_util.unflatten_dict(waiting, sep="/")})
     waiting.clear()
 
   for name, array in params:
-    waiting[name] = array
+    waiting[name], digests[f"params/{name}"] = array, digest.of_array(array)
     size += array.nbytes
     if size >= CHUNK_BYTES:
       save()
@@ -182,7 +200,7 @@ def write(folder, model, tokenizer, params, **values):
   if waiting:
     save()
   v1.partial.finalize(folder)
-  items = {"card": card(model, **values)}
+  items = {"card": card(model, **values, digests=digests)}
   if tokenizer is not None:
     items["tokenizer"] = tokenizer.to_dict()
   for item, content in items.items():

@@ -1,10 +1,14 @@
 """What a run trains on: one source or a mixture of several, in the run's order."""
 
+import hashlib
+
 from clip_jax.data import order, sources
 from clip_jax.data.sources.block_cache import BlockCache
 from clip_jax.data.sources.selection import Filters, Selection
 from clip_jax.data.storage import Storage
 from clip_jax.errors import DataError
+
+NAMED = 64  # records of a component, spread evenly, whose names tell it from another
 
 
 def create(config, log=None):
@@ -107,6 +111,14 @@ class Dataset:
     """The place of the same component whose record is taken instead, the same on every host."""
     component, index = place
     return component, self.order.substitute(component, index, attempt)
+
+  def digest(self):
+    """A digest of what some records of each component are called, the same wherever they lie."""
+    found = hashlib.sha256()
+    for part in self._parts:
+      for index in sorted({i * (len(part) - 1) // max(NAMED - 1, 1) for i in range(NAMED)}):
+        found.update(f"{index} {part.key(index)}\n".encode())
+    return found.hexdigest()[:16]
 
   def describe(self, place):
     """A place as it stands in `bad_records.jsonl`; of a mixture with the path of the component."""

@@ -13,15 +13,17 @@ THREADS = 16  # that load images
 class Encoder:
   """Both towers as functions of batches, compiled once."""
 
-  def __init__(self, model, mesh, batch_size):
+  def __init__(self, model, mesh, batch_size, alive=lambda: None):
     """Prepares the jitted towers.
 
     Args:
       model: a resolved `clip_jax.config.Model`.
       mesh: the device mesh.
       batch_size: rows encoded at a time over all devices; a multiple of the batch shards.
+      alive: called for each batch.
     """
     module = CLIP(model)
+    self._alive = alive
     self.model, self.mesh, self.batch_size = model, mesh, batch_size
 
     def jitted(method):
@@ -76,4 +78,5 @@ class Encoder:
     for local in loaded.batch(len(held)):
       batch = rules.to_global(np.asarray(local), self.mesh, self.batch_size)
       parts.append(encode(params, batch))
+      self._alive()
     return np.concatenate([np.asarray(part) for part in parts])[:count]

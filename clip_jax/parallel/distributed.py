@@ -13,11 +13,14 @@ from clip_jax.errors import UsageError
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def initialize():
+def initialize(timeout=100):
   """Connects this process to the others of its run, if there are any.
 
   Cloud TPU pods, Slurm and Open MPI are recognised by `jax.distributed` from their own environment
   variables. Anything else sets the three variables of `BY_HAND`.
+
+  Args:
+    timeout: seconds without a sign of life from one of them until the others end, with an exit code that is not 0.
 
   Raises:
     UsageError: only some of those variables are set, or to what cannot be.
@@ -32,13 +35,23 @@ def initialize():
       raise UsageError(
         f"JAX_PROCESS_ID={number} and JAX_NUM_PROCESSES={count} must be whole numbers, the first smaller."
       )
-    jax.distributed.initialize(address, int(count), int(number))
+    jax.distributed.initialize(address, int(count), int(number), heartbeat_timeout_seconds=timeout)
   # The address alone is for a launcher's processes, whose number it knows; jax.distributed reads it.
   elif given and not (given == ["JAX_COORDINATOR_ADDRESS"] and _launched_with_others()):
     missing = ", ".join(name for name in BY_HAND if name not in given)
     raise UsageError(f"{', '.join(given)} set without {missing}; set all three, or none.")
   elif _launched_with_others():
-    jax.distributed.initialize()
+    jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
+
+
+def make_deterministic():
+  """Tells XLA to use no GPU kernel whose result depends on the order in which its threads finish, or on which was faster when measured.
+
+  Read when the devices are first used, so to be called before.
+  """
+  flag = "--xla_gpu_deterministic_ops=true"  # implies the exclusion of other operations, and no autotuning
+  if "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def leave_tpu_out():

@@ -81,7 +81,7 @@ def shardings_of(boxed, mesh, rules=SHARDING, overrides=()):
 def _by_rules(leaf, mesh, rules):
   taken, spec = set(), []
   for size, name in zip(leaf.value.shape, leaf.names, strict=True):
-    candidates = [_axes(axes) for logical, axes in rules if logical == name]
+    candidates = [as_axes(axes) for logical, axes in rules if logical == name]
     fitting = (axes for axes in candidates if size % _parts(mesh, axes) == 0 and taken.isdisjoint(axes))
     axes = next(fitting, ())
     taken.update(axes)
@@ -90,7 +90,7 @@ def _by_rules(leaf, mesh, rules):
 
 
 def _checked(name, shape, spec, pattern, mesh):
-  spec = tuple(map(_axes, spec))
+  spec = tuple(map(as_axes, spec))
   where = f"config.mesh.overrides: {pattern!r} gives {name}, {list(shape)},"
   if len(spec) != len(shape):
     raise ConfigError(f"{where} {len(spec)} entries; it needs one for each of its {len(shape)} dimensions, None if not sharded.")
@@ -103,7 +103,8 @@ def _checked(name, shape, spec, pattern, mesh):
   return PartitionSpec(*(axes or None for axes in spec))
 
 
-def _axes(axes):
+def as_axes(axes):
+  """What an array's dimension is split over, one mesh axis, several or none, as a tuple."""
   return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
@@ -153,7 +154,7 @@ def table(described):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       part = local_bytes(leaf)
       name = re.sub(r"\bblock_\d+\b", "block_*", path_name(path))
-      spec = ", ".join("+".join(_axes(axes)) or "-" for axes in (*leaf.sharding.spec, *[None] * len(leaf.shape))[: len(leaf.shape)])
+      spec = ", ".join("+".join(as_axes(axes)) or "-" for axes in (*leaf.sharding.spec, *[None] * len(leaf.shape))[: len(leaf.shape)])
       rows.setdefault((name, str(leaf.dtype), str(list(leaf.shape)), spec, part), []).append(path)
       here, numbers = here + part, numbers + math.prod(leaf.shape)
     cells = [(name, dtype, shape, spec or "-", f"{part:,}", f"x {len(same)}") for (name, dtype, shape, spec, part), same in rows.items()]

@@ -16,6 +16,7 @@ from clip_jax.parallel import rules
 from clip_jax.plan import planner
 from clip_jax.train import checkpoint, loop, program
 from clip_jax.train import state as states
+from clip_jax.train import workdir as workdirs
 from clip_jax.train.doctor import machine
 
 EXAMPLES = 32  # that are loaded: enough to meet what is wrong with all of them
@@ -45,20 +46,20 @@ def run(config, workdir, name="", profile=None, compiled=None, tell=lambda what,
        f"{train.steps:,} steps of {train.global_batch_size:,} pairs")  # fmt: skip
   with _opened(Path(workdir), config) as checkpoints:
     start = checkpoints.latest_step() or 0 if checkpoints else 0
-    if start:
-      loop.check_same_run(Path(workdir), config)
+    workdirs.check_same_run(workdir, config)
     goes_on = f"holds this run, {start:,} of {train.steps:,} steps" if start else "can be written, and holds no checkpoint"
     tell("workdir", f"{workdir} {goes_on}")
-    ready = loop.prepare(config, workdir, mesh, checkpoints, start)
+    ready = loop.prepare(config, workdir, mesh, checkpoints.card() if start else {})
+  described = states.describe(config, mesh)[0]
   tell("data", _data(ready, config))
   tell("examples", _examples(ready.data, config, mesh, start))
   for evaluator in ready.evaluators:
     tell("evaluation", f"{evaluator.name}: {len(evaluator.source):,} images")
   if ready.weights:
-    states.check_start(ready.state.params, config, ready.weights)
+    states.check_start(described.params, config, ready.weights)
     tell("init_from", f"{train.init_from}: {ready.weights.layout}, {size.parameters(ready.weights.model) / 1e6:,.1f} M parameters")
   tell("mesh", f"{mesh.size} devices as {', '.join(f'{axis} {length}' for axis, length in mesh.shape.items())}; "
-       f"{rules.local_bytes(ready.state) / 2**30:.2f} GiB of state a device")  # fmt: skip
+       f"{rules.local_bytes(described) / 2**30:.2f} GiB of state a device")  # fmt: skip
   tell("loss", global_batch.describe(config.loss, train.global_batch_size, model.embed_dim, meshes.batch_shards(mesh)).removeprefix("loss: "))
   if compiled and program.load(compiled, config, mesh):
     tell("compiled", f"{compiled} is a program of this run, and would be used")
@@ -85,9 +86,9 @@ def _opened(workdir, config):
 
 
 def _data(ready, config):
-  records = sum(ready.records) if isinstance(ready.records, list) else ready.records
+  records = len(ready.data)
   epochs = config.train.samples / records
-  return f"{config.data.path or f'{len(ready.records)} sources'}: {records:,} records, each seen {epochs:,.2f} times"
+  return f"{config.data.path or f'{len(ready.data.lengths)} sources'}: {records:,} records, each seen {epochs:,.2f} times"
 
 
 def _examples(data, config, mesh, start):

@@ -1,24 +1,40 @@
-"""Checkpoints while training: the whole state, saved beside the card that says what model it is of."""
+"""Checkpoints while training: the whole state, saved beside the card that says what model it is of, and checked when it is read."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from clip_jax.convert import native
+from clip_jax.errors import StorageError, UsageError
+from clip_jax.parallel import agreement, digest
+
+# What is newer than the first format, in which it was not written. A run that goes on from there has skipped nothing yet.
+SINCE_FORMAT_2 = ("skipped", "skipped_in_a_row")
+# What a store says that may know better later; a checkpoint behind it is not broken.
+LATER = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "Connection refused", "timed out")
+# Its name has no digit alone, so nothing takes it for a checkpoint; for people to look at, and to remove.
+BROKEN = ".broken"
 
 
 class Checkpoints:
   """The folder `checkpoints/STEP/` of a work directory.
 
   Saving is asynchronous: the arrays are copied to the host, the loop goes on, and the folder takes its
-  final name once everything is on disk. A folder with a final name is whole.
+  final name once everything is on disk. A folder with a final name is whole, unless something happened to it since.
+
+  Attributes:
+    failures: how many saves did not succeed.
   """
 
   def __init__(self, workdir, config, tokenizer=None):
-    """Opens the folder, which is made if it is missing.
+    """Looks at the folder, which a save makes if it is missing.
 
     Args:
       workdir: the run's work directory.
@@ -27,66 +43,199 @@ class Checkpoints:
     """
     self._config, self._tokenizer = config, tokenizer
     self._folder = (Path(workdir) / "checkpoints").absolute()
-    self._manager = ocp.CheckpointManager(
-      self._folder,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.checkpoint.keep_last,
-        keep_period=config.checkpoint.keep_every,
-        # Whether to save is the hook's decision.
-        enable_should_save_is_saving_in_progress_check=False,
-      ),
-    )
+    self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._saving = self._step = self._digests = None
+    self.failures = 0
 
   def clear_leftovers(self):
     """Removes what a save left that was killed; for a run that begins, as another that is alive may be saving."""
     if jax.process_index() == 0:
-      # Orbax can do this too, but in a thread that outlives a run which ends at once.
-      for leftover in self._folder.glob("*.orbax-checkpoint-tmp*"):
+      for leftover in self._folder.glob("*tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+  def steps(self):
+    """The steps of whole checkpoints, the newest last."""
+    return sorted(int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit())
 
   def latest_step(self):
     """The step of the newest whole checkpoint, or None."""
-    return self._manager.latest_step()
+    return max(self.steps(), default=None)
 
-  def save(self, step, state, records):
+  @property
+  def saving(self):
+    """Whether a save is under way, or nobody has asked yet how it went."""
+    return self._saving is not None
+
+  def has(self, step):
+    """Whether a step is saved, or is being saved."""
+    return step in self.steps() or (self.saving and step == self._step)
+
+  def save(self, step, state, **values):
     """Starts to save; the state may be changed once this returns.
 
     Args:
       step: updates done.
       state: a `TrainState`.
-      records: length of the data set, which the order of examples depends on.
+      **values: what else the card shall say, ready for JSON: `records`, the length of the data set, and what it is made of.
+
+    Raises:
+      TrainingError: devices have different copies of the same numbers; nothing is saved.
+      StorageError: it cannot be written, or the save before could not.
     """
-    card = native.card(self._config.model, step=step, records=records)
-    items = {"state": ocp.args.StandardSave(_fields(state)), "card": ocp.args.JsonSave(card)}
+    self.wait()
+    fields = _fields(state)
+    self._digests = self._digests or digest.Digests(fields)
+    card = native.card(self._config.model, step=step, **values, digests=self._digests(fields))
+    items = {"state": ocp.args.StandardSave(fields), "card": ocp.args.JsonSave(card)}
     if self._tokenizer is not None:
       items["tokenizer"] = ocp.args.JsonSave(self._tokenizer.to_dict())
-    self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    path = self._folder / str(step)
+    try:
+      self._saver.save(path, args=ocp.args.Composite(**items), force=True)
+    except Exception as error:  # Orbax and TensorStore raise what they like
+      self._failed(path, error)
+    self._step, self._saving = step, self._thread.submit(self._finish, path)
+
+  def _finish(self, path):
+    try:
+      self._saver.wait_until_finished()
+      if not path.is_dir():
+        raise OSError("it did not get its name")
+    except Exception as error:
+      self._failed(path, error)
+    self._retire()
+
+  def _failed(self, path, error):
+    self.failures += 1
+    self.clear_leftovers()
+    raise StorageError(f"{path} could not be written ({reason(error)}).") from error
+
+  def _retire(self):
+    # Only after a newer one is whole. What is removed loses its name first: nobody shall find a part of it.
+    if jax.process_index() > 0:
+      return
+    self.clear_leftovers()  # of saves that failed while some of their threads still wrote
+    keep, every = self._config.checkpoint.keep_last, self._config.checkpoint.keep_every
+    for step in self.steps()[:-keep]:
+      if not (every and step % every == 0):
+        leaving = self._folder / f"{step}.tmp"
+        with contextlib.suppress(OSError):  # or else the next time
+          (self._folder / str(step)).rename(leaving)
+          shutil.rmtree(leaving)
+
+  def check(self):
+    """Raises what `wait` would, without waiting: for each step."""
+    if self.saving and self._saving.done():
+      self.wait()
+
+  def wait(self):
+    """Blocks until what was started is on disk.
+
+    Raises:
+      StorageError: it could not be written.
+    """
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      saving.result()
 
   def restore(self, described):
-    """The newest state, laid out as described, on any number of devices.
+    """The newest state that is what was saved, laid out as described, on any number of devices.
+
+    Checkpoints that are not, and are newer, are told of on standard error, and get a name that nothing takes for a checkpoint.
 
     Args:
       described: what `clip_jax.train.state.describe` returns: shapes with shardings.
 
     Returns:
-      A `TrainState`.
+      A `TrainState` and the card of its checkpoint; or None and an empty card if there is no checkpoint.
+
+    Raises:
+      UsageError: there are checkpoints, and none can be used.
+      StorageError: a disk does not answer.
     """
-    step = self.latest_step()
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(described)))
-    return described.replace(**self._manager.restore(step, args=args)["state"])
+    wrong = {}
+    for step in reversed(self.steps()):
+      state, card, problem = self._read(step, described)
+      if not problem:
+        self._set_aside(wrong, step)
+        return state, card
+      wrong[step] = problem
+    if wrong:
+      all_of_them = "; ".join(f"{step}: {problem}" for step, problem in wrong.items())
+      raise UsageError(f"{self._folder} has no checkpoint that can be used ({all_of_them}). Restore one, or begin anew with --force_new.")
+    return None, {}
 
-  def records(self):
-    """The length of the data set that the newest checkpoint was trained on."""
-    args = ocp.args.Composite(card=ocp.args.JsonRestore())
-    return self._manager.restore(self.latest_step(), args=args)["card"]["records"]
+  def _read(self, step, described):
+    """A state, its card, and what is wrong with it; the same on all processes, each of which reads its part."""
+    path, state, card, problem = self._folder / str(step), None, {}, None
+    try:
+      card = native.read_json(path, "card")
+      state = described.replace(**self._arrays(path / "state", described, card))
+    except Exception as error:  # of any kind: Orbax, TensorStore, JSON, a file that is not there
+      if any(word in str(error) for word in LATER):
+        raise StorageError(f"{path} cannot be read ({reason(error)}).") from error
+      problem = reason(error)
+    if not agreement.everyone(problem is None):
+      return None, None, problem or "another process cannot read its part"
+    fields, written = _fields(state), card.get("digests")
+    if written is not None:  # the first format had none
+      found = digest.Digests(fields)(fields)
+      differing = [name for name in found if found[name] != written.get(name)]
+      if differing:
+        return None, None, f"{differing[0]} is not what was written, and neither are {len(differing) - 1} others of {len(found)} arrays"
+    return state, card, None
 
-  def wait(self):
-    """Blocks until what was started is on disk."""
-    self._manager.wait_until_finished()
+  def _arrays(self, path, described, card):
+    wanted = _fields(described)
+    missing = [name for name in SINCE_FORMAT_2 if card.get("format") == 1]
+    items = {name: value for name, value in wanted.items() if name not in missing}
+    args = ocp.args.StandardRestore(items)
+    # The handler alone: a checkpointer waits for the other processes, which one that cannot read would leave waiting.
+    found = ocp.StandardCheckpointHandler().restore(path, args=args)
+    for name in missing:
+      found[name] = jax.device_put(jnp.zeros(wanted[name].shape, wanted[name].dtype), wanted[name].sharding)
+    return found
+
+  def _set_aside(self, wrong, used):
+    if jax.process_index() > 0:
+      return
+    for step, problem in wrong.items():
+      aside = self._folder / f"{step}{BROKEN}"
+      shutil.rmtree(aside, ignore_errors=True)  # of the same step, from before
+      (self._folder / str(step)).rename(aside)
+      print(
+        f"{self._folder / str(step)} CANNOT BE USED: {problem}. It is now called {aside.name}; the run goes on from step {used:,}.",
+        file=sys.stderr, flush=True,
+      )  # fmt: skip
+
+  def card(self):
+    """The card of the newest checkpoint, without its arrays.
+
+    Raises:
+      UsageError: it cannot be read.
+    """
+    return native.read_json(self._folder / str(self.latest_step()), "card")
 
   def close(self):
-    """Waits, and stops the threads that save."""
-    self._manager.close()
+    """Waits, and stops the threads that save; a failure that nobody waited for is not raised any more."""
+    self._thread.shutdown()
+    self._saver.close()
+
+
+def reason(error):
+  """What an error of Orbax, TensorStore or the system says, as part of a sentence."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+  for code, meaning in SYSTEM.items():
+    if code in str(error):
+      return meaning
+  return text if len(text) < 300 else f"{text[:300]} ..."
+
+
+# TensorStore's messages go on for lines; this is what is in them.
+SYSTEM = {"No space left on device": "No space left on device", "File too large": "File too large", "Disk quota exceeded": "Disk quota exceeded"}
 
 
 def _fields(state):

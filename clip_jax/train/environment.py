@@ -1,8 +1,10 @@
 """What a run ran on, for its report."""
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import platform
 import time
 
@@ -54,6 +56,14 @@ def describe(devices=None):
     "clip_jax": clip_jax.__version__,
   }
   return found | {package: version(package) for package in PACKAGES}
+
+
+def code():
+  """A digest of this project's own source, as it lies on this machine."""
+  root, found = pathlib.Path(clip_jax.__file__).parent, hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+  return found.hexdigest()[:16]
 
 
 def version(package):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import jax
 
-from clip_jax.errors import UsageError
+from clip_jax.errors import StorageError, UsageError
 from clip_jax.files import write_text
+from clip_jax.parallel import agreement
 
 
 class Clock:
@@ -42,7 +43,7 @@ class Clock:
 class Log:
   """Writes training metrics, one step late so that the device never waits for it."""
 
-  def __init__(self, writer, config, clock, start, measure, show):
+  def __init__(self, writer, config, clock, start, measure, show, guard=lambda step, values: None):
     """Prepares.
 
     Args:
@@ -52,9 +53,10 @@ class Log:
       start: updates done before this run.
       measure: a function from samples per second to more values, such as a `performance.Meter`.
       show: called with the step and its values, for a person to see.
+      guard: called with the step and its values before they are written, such as a `guard.Guard`; what it returns is raised after.
     """
     self._writer, self._train, self._clock, self._measure, self._show = writer, config.train, clock, measure, show
-    self._pending, self._wrong = None, False
+    self._guard, self._pending, self._wrong = guard, None, False
     self._mark = (start, time.perf_counter(), 0.0, 0.0)
 
   def __call__(self, step, state, metrics):
@@ -73,7 +75,8 @@ class Log:
     if wrong:
       values["nonfinite"] = float(len(wrong))
     if wrong and not self._wrong and jax.process_index() == 0:  # the first of a row: the lines have all of them
-      print(f"\nstep {step:,}: not finite: {', '.join(wrong)}", file=sys.stderr, flush=True)
+      what = "; the step was skipped" if values.get("skipped_in_a_row") else ""
+      print(f"\nstep {step:,}: not finite: {', '.join(wrong)}{what}", file=sys.stderr, flush=True)
     self._wrong = bool(wrong)
     now, waited, beside = time.perf_counter(), self._clock.waited, self._clock.beside
     last_step, last, last_waited, last_beside = self._mark
@@ -83,14 +86,52 @@ class Log:
     values |= self._measure(values["samples_per_second"])
     values["data_wait"] = min((waited - last_waited) / seconds, 1.0)
     self._mark = step, now, waited, beside
+    wrong = self._guard(step, values)
     self._writer.write(step, step * batch, values)
     self._show(step, values)
+    if wrong is not None:
+      raise wrong
+
+
+class SlowData:
+  """Says when a run loses time to its data, and how much."""
+
+  EVERY = 60.0  # seconds that are looked at together
+  SHARE = 0.1  # of them that may be lost
+  QUIET = 600.0  # seconds until it is said again
+
+  def __init__(self, clock, now=time.monotonic):
+    """Prepares.
+
+    Args:
+      clock: the loop's `Clock`.
+      now: seconds of a clock that nobody sets.
+    """
+    self._clock, self._now, self._mark, self._said = clock, now, None, -math.inf
+
+  def __call__(self, step, state, metrics):
+    """Looks, once a minute."""
+    now, waited, beside = self._now(), self._clock.waited, self._clock.beside
+    if self._mark is None:  # the first batch is always waited for
+      self._mark = now, waited, beside
+    last, last_waited, last_beside = self._mark
+    if now - last < self.EVERY:
+      return
+    share = (waited - last_waited) / max(now - last - (beside - last_beside), 1e-9)
+    self._mark = now, waited, beside
+    if share > self.SHARE and now - self._said > self.QUIET:
+      self._said = now
+      print(
+        f"\nSLOW DATA: {share:.0%} of the last {now - last:,.0f} s were spent waiting for it (process {jax.process_index()}). "
+        "`clip-jax data bench` says what takes its time; docs/data.md, what to do about it.",
+        file=sys.stderr, flush=True,
+      )  # fmt: skip
 
 
 class Evaluate:
   """Runs the evaluators at their period, and all of them at the end of the run."""
 
-  def __init__(self, evaluators, log, writer, config, clock, workdir):
+  def __init__(self, evaluators, log, writer, config, clock, workdir, alive=lambda what: None):
     """Prepares.
 
     Args:
@@ -100,19 +141,25 @@ class Evaluate:
       config: a resolved `Config`.
       clock: the loop's `Clock`.
       workdir: where `examples.json` is written.
+      alive: called with what is evaluated now.
     """
-    self._evaluators, self._log, self._writer, self._clock = evaluators, log, writer, clock
+    self._evaluators, self._log, self._writer, self._clock, self._alive = evaluators, log, writer, clock, alive
     self._train, self._every, self._workdir = config.train, config.eval.every, workdir
+
+  def due(self, step):
+    """Whether a step is evaluated."""
+    return bool(self._evaluators and step) and (step == self._train.steps or bool(self._every) and step % self._every == 0)
 
   def __call__(self, step, state, metrics):
     """Evaluates if it is due."""
-    last = step == self._train.steps
-    if not self._evaluators or not (last or self._every and step % self._every == 0):
+    if not self.due(step):
       return
+    last = step == self._train.steps
     self._log.flush()  # waits for the step, which is not time beside training
     with self._clock.paused():
       values, examples = {}, []
       for evaluator in self._evaluators:
+        self._alive(f"evaluation of {evaluator.name}")
         scores, seen = evaluator(state.weights)
         values |= scores
         examples += seen
@@ -124,37 +171,101 @@ class Evaluate:
 
 
 class Save:
-  """Saves the state at its period and at the end of the run."""
+  """Saves the state at its period of steps or of time, when one could not be saved before, and at the end of the run."""
 
-  def __init__(self, checkpoints, records, log, writer, config, clock):
+  PATIENCE = (0.0, 10.0, 60.0, 300.0)  # seconds until a save that failed is tried again; the last counts for all later ones
+  LAST = (1.0, 4.0, 15.0)  # at the end of a run, when nothing else can be done
+
+  def __init__(self, checkpoints, card, log, writer, config, clock, now=time.monotonic):
     """Prepares.
 
     Args:
       checkpoints: a `Checkpoints`.
-      records: length of the data set, which goes into each checkpoint.
+      card: a dict for each checkpoint: `records`, which the order of examples depends on, and `data`, what they are.
       log: the `Log`, which writes what is pending before each save.
       writer: a `MetricsWriter`, put on disk before each save.
       config: a resolved `Config`.
       clock: the loop's `Clock`.
+      now: seconds of a clock that nobody sets.
     """
-    self._checkpoints, self._records = checkpoints, records
+    self._checkpoints, self._card, self._now = checkpoints, card, now
     self._log, self._writer, self._clock = log, writer, clock
-    self._every, self._steps = config.checkpoint.every, config.train.steps
+    self._every, self._minutes = config.checkpoint.every, config.checkpoint.every_minutes
+    self._train, self._last, self._retry, self._in_a_row = config.train, now(), None, 0
 
   def __call__(self, step, state, metrics):
-    """Saves if it is due."""
-    if step % self._every == 0 or step == self._steps:
+    """Saves if it is due by the number of the step."""
+    self._look(step)
+    if step % self._every == 0 or step == self._train.steps:
       self.now(step, state)
 
+  def wished(self):
+    """Whether this process wants to save now: time is up, or a save that failed is to be tried again."""
+    now = self._now()
+    if self._retry is not None:
+      return now >= self._retry
+    # One clock decides: those of others would only ask once more.
+    return bool(self._minutes) and jax.process_index() == 0 and now - self._last >= 60 * self._minutes
+
   def now(self, step, state):
-    """Saves, unless this step is saved already."""
-    if self._checkpoints.latest_step() == step:
+    """Starts to save, unless this step is saved already.
+
+    A save that cannot be made is told of, counted and tried again; training goes on.
+
+    Raises:
+      TrainingError: devices have different copies of the same numbers.
+    """
+    if self._checkpoints.has(step):
       return
     # A checkpoint must never be ahead of the lines before it: a resumed run would not write them.
     self._log.flush()
     with self._clock.paused():
-      self._writer.sync()
-      self._checkpoints.save(step, state, self._records)
+      self._look(step, wait=True)  # or one process, whose last one failed, would leave the others waiting in this one
+      self._last, self._retry = self._now(), None
+      try:
+        if not agreement.everyone(self._writer.sync()):
+          raise StorageError("metrics.jsonl, which goes first, is not on disk.")
+        self._checkpoints.save(step, state, **self._card)
+      except StorageError as error:
+        self._failed(step, error)
+
+  def last(self, step, state):
+    """Saves, and waits until that is on disk, trying several times.
+
+    Raises:
+      StorageError: it cannot be made. The message says which steps are lost.
+    """
+    for patience in (*self.LAST, 0.0):
+      self.now(step, state)
+      with self._clock.paused():
+        self._look(step, wait=True)
+        if agreement.everyone(step in self._checkpoints.steps()):
+          return
+        time.sleep(patience)
+    whole = self._checkpoints.latest_step() or 0
+    raise StorageError(f"Step {step:,} could not be saved; the steps after {whole:,} are lost.")
+
+  def _look(self, step, wait=False):
+    try:
+      self._checkpoints.wait() if wait else self._checkpoints.check()
+    except StorageError as error:
+      self._failed(step, error)
+    else:
+      if self._in_a_row and self._retry is None and not self._checkpoints.saving:
+        self._in_a_row = 0
+        print(f"\nstep {step:,}: checkpoints can be written again.", file=sys.stderr, flush=True)
+
+  def _failed(self, step, error):
+    wait = self.PATIENCE[min(self._in_a_row, len(self.PATIENCE) - 1)]
+    self._in_a_row, self._retry = self._in_a_row + 1, self._now() + wait
+    whole = self._checkpoints.latest_step() or 0
+    print(
+      f"\nstep {step:,}: NO CHECKPOINT: {error} It is tried again. If the run ends now, the {step - whole:,} steps since {whole:,} are lost. "
+      f"Failures in a row: {self._in_a_row}.",
+      file=sys.stderr, flush=True,
+    )  # fmt: skip
+    values = {"checkpoint_failures": float(self._checkpoints.failures), "checkpoint_steps_at_risk": float(step - whole)}
+    self._writer.write(step, step * self._train.global_batch_size, values)
 
 
 class Profile:

@@ -1,39 +1,28 @@
 """The training loop: what a run is made of, and the order in which it happens."""
 
+import contextlib
 import dataclasses
-import json
-import os
-import signal
 import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as configs
 from clip_jax.convert.sources import find as find_weights
 from clip_jax.data import dataset, pipeline, sources
 from clip_jax.data.locations import redact
-from clip_jax.errors import ConfigError, DataError, UsageError
+from clip_jax.errors import DataError, StorageError
 from clip_jax.evaluate.encode import Encoder
 from clip_jax.evaluate.retrieval import Retrieval
 from clip_jax.evaluate.zero_shot import ZeroShot
-from clip_jax.files import write_text
 from clip_jax.losses import global_batch
+from clip_jax.parallel import agreement, rules
 from clip_jax.parallel import mesh as meshes
-from clip_jax.parallel import rules
-from clip_jax.train import checkpoint, environment, hooks, metrics, performance, program, step
+from clip_jax.train import checkpoint, guard, hooks, metrics, performance, program, step, stopping
 from clip_jax.train import state as states
+from clip_jax.train import workdir as workdirs
 from clip_jax.train.progress import Progress
-
-# What a run may change when it is resumed: none of these changes a number it computes.
-FREE_TO_CHANGE = (
-  *("mesh", "eval", "checkpoint", "train.log_every"),
-  *("data.threads", "data.prefetch", "data.block_cache", "data.read_deadline", "data.source"),
-  *("train.attention", "train.remat", "train.scan", "train.microbatches", "loss.method", "loss.chunk"),
-)
+from clip_jax.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +51,19 @@ class Prepared:
 
   Attributes:
     data: the `Dataset` that is trained on.
-    records: its length, which the order of examples depends on; of a mixture a list of them.
+    card: what each checkpoint says of it: `records`, its length, which the order of examples depends on (of a mixture a list of
+      them), and `data`, a digest of what they are called.
     weights: the `Source` of `train.init_from`, or None.
     evaluators: as `create_evaluators` returns.
-    state: shapes and shardings of the state.
   """
 
   data: dataset.Dataset
-  records: int | list
+  card: dict
   weights: object
   evaluators: list
-  state: states.TrainState
 
 
-def run(config, workdir, profile=None, compiled=None):
+def run(config, workdir, profile=None, compiled=None, force_new=False):
   """Trains, or resumes what the work directory holds.
 
   Args:
@@ -83,6 +71,7 @@ def run(config, workdir, profile=None, compiled=None):
     workdir: folder for everything the run writes; made if missing.
     profile: steps to trace into its folder `profile`, a pair of ints: the first, and the first not to trace any more.
     compiled: a file with the compiled step (`clip_jax.train.program`), used where it is of this run's config, versions and devices.
+    force_new: whether to begin anew in a work directory that holds a run; that run is moved aside, not removed.
 
   Returns:
     A `Result`. On SIGTERM or SIGINT the step is finished, everything is saved, and the result is not
@@ -90,25 +79,26 @@ def run(config, workdir, profile=None, compiled=None):
 
   Raises:
     UsageError: the config, the data, the work directory, the steps to trace or the compiled step cannot be used.
+    TrainingError: the numbers of the run are bad, or the memory they are in; what is saved is not.
+    StorageError: a disk or a bucket does not answer.
   """
-  config, mesh = settle(config, profile)
-  workdir = Path(workdir)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UsageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
-  checkpoints = checkpoint.Checkpoints(workdir, config, pipeline.file_tokenizer_for(config.model))
-  checkpoints.clear_leftovers()
-  try:
-    start = checkpoints.latest_step() or 0
-    if start:
-      check_same_run(workdir, config)
-    if start >= config.train.steps:
-      return Result(start, config.train.steps, start)
-    train_step = program.load(compiled, config, mesh) if compiled else None
-    return _train(config, workdir, mesh, checkpoints, start, profile, train_step or step.create(config, mesh))
-  finally:
-    checkpoints.close()
+  steps, checkpoints = configs.resolve(config).train.steps, None
+  with stopping.Signals() as signals:
+    try:
+      config, mesh = settle(config, profile)
+      agreement.require_same(workdirs.facts(config))
+      workdir = Path(workdir)
+      workdirs.claim(workdir, config, force_new)
+      checkpoints = checkpoint.Checkpoints(workdir, config, pipeline.file_tokenizer_for(config.model))
+      checkpoints.clear_leftovers()
+      train_step = program.load(compiled, config, mesh) if compiled else None
+      return _run(Run(config, workdir, mesh, checkpoints, profile, train_step or step.create(config, mesh), signals))
+    except stopping.Stopped:
+      done = checkpoints.latest_step() or 0 if checkpoints else 0
+      return Result(done, steps, done)
+    finally:
+      if checkpoints:
+        checkpoints.close()
 
 
 def settle(config, profile=None):
@@ -131,70 +121,15 @@ def settle(config, profile=None):
   return performance.settled(config, mesh.devices.flat[0]), mesh
 
 
-def check_same_run(workdir, config):
-  """Checks that a work directory with checkpoints belongs to a run with this config.
-
-  Args:
-    workdir: the folder.
-    config: a resolved `Config`.
-
-  Raises:
-    ConfigError: it belongs to another; the message names the first difference.
-  """
-  path = workdir / "config.json"
-  try:
-    # Resolved again: a key that is newer than the run has its default, which is what the run did.
-    saved = _as_json(configs.resolve(json.loads(path.read_text())))
-  except (OSError, ValueError) as error:
-    raise UsageError(f"{workdir} holds checkpoints, but {path} cannot be read ({error}).") from error
-  for key, old, new in differences(saved, _as_json(config)):
-    if not key.startswith(FREE_TO_CHANGE):
-      raise ConfigError(
-        f"{workdir} holds a run with config.{key}={old!r}, and this config has {new!r}; "
-        "use another --workdir, or the config of that run."
-      )
-
-
-def describe_run(workdir, config, described):
-  """Writes `config.json`, `environment.json` and `parameters.txt`, which says what of the state lies where; prints that of parameters."""
-  parts = [("parameters", described.params), ("optimizer", described.opt_state)]
-  if described.ema is not None:
-    parts.append(("moving average", described.ema))
-  write_text(workdir / "parameters.txt", rules.table(parts) + "\n")
-  print(rules.table(parts[:1]), file=sys.stderr, flush=True)
-  write_text(workdir / "config.json", json.dumps(_as_json(config), indent=2) + "\n")
-  write_text(workdir / "environment.json", json.dumps(environment.describe(), indent=2) + "\n")
-
-
-def _as_json(config):
-  # What signs a request stands in no file: the work directory is shared, and its report sent around.
-  def shown(value):
-    if isinstance(value, dict):
-      return {key: shown(item) for key, item in value.items()}
-    return [shown(item) for item in value] if isinstance(value, list) else redact(value) if isinstance(value, str) else value
-
-  return shown(json.loads(json.dumps(configs.to_dict(config))))
-
-
-def differences(old, new, prefix=""):
-  """Yields (dotted key, old value, new value) where two nested dicts differ."""
-  for key in dict.fromkeys([*old, *new]):
-    a, b = old.get(key), new.get(key)
-    if isinstance(a, dict) and isinstance(b, dict):
-      yield from differences(a, b, f"{prefix}{key}.")
-    elif a != b:
-      yield f"{prefix}{key}", a, b
-
-
-def prepare(config, workdir, mesh, checkpoints, start):
+def prepare(config, workdir, mesh, card, alive=lambda: None):
   """Opens and checks all that a run needs beside its work directory.
 
   Args:
     config: a resolved `Config`.
     workdir: the work directory.
     mesh: the device mesh.
-    checkpoints: the `Checkpoints` that a run goes on from; not asked if it starts.
-    start: updates done.
+    card: of the checkpoint that the run goes on from; empty if it starts.
+    alive: called for each batch that is evaluated.
 
   Returns:
     A `Prepared`.
@@ -202,79 +137,161 @@ def prepare(config, workdir, mesh, checkpoints, start):
   Raises:
     UsageError: the data, the weights to start from or an evaluation set cannot be used.
   """
-  data = dataset.create(config)
+  data, path = dataset.create(config), redact(config.data.path) or "config.data.mixture"
   records = list(data.lengths) if config.data.mixture else len(data)
-  if start and checkpoints.records() != records:
+  now = {"records": records, "data": data.digest()}
+  agreement.require_same({f"{name} of the data": value for name, value in now.items()})
+  if card and card.get("records") != records:
     raise DataError(
-      f"{config.data.path or 'config.data.mixture'} has {records} records, and the run in {workdir} began with "
-      f"{checkpoints.records()}: the order of examples would not be the same. Restore the data, or use "
-      "another --workdir."
+      f"{path} has {records} records, and the run in {workdir} began with "
+      f"{card.get('records')}: the order of examples would not be the same. Restore the data, or use another --workdir."
     )
-  weights = find_weights(config.train.init_from) if config.train.init_from and not start else None
-  evaluators = create_evaluators(config, mesh, data)
-  return Prepared(data, records, weights, evaluators, states.describe(config, mesh)[0])
+  if card.get("data", now["data"]) != now["data"]:  # the first format had none
+    raise DataError(
+      f"{path} has other records than those that the run in {workdir} began with, or has them in "
+      "another order. Restore the data, or use another --workdir."
+    )
+  weights = find_weights(config.train.init_from) if config.train.init_from and not card else None
+  return Prepared(data, now, weights, create_evaluators(config, mesh, data, alive))
 
 
-def _train(config, workdir, mesh, checkpoints, start, profile, train_step):
-  batch = config.train.global_batch_size
-  ready = prepare(config, workdir, mesh, checkpoints, start)
-  main = jax.process_index() == 0
-  if main:  # only now: a run that cannot open its data or weights leaves no trace of its config
-    describe_run(workdir, config, ready.state)
-    how = global_batch.describe(config.loss, batch, config.model.embed_dim, meshes.batch_shards(mesh))
+@dataclasses.dataclass
+class Run:
+  """A run that has its work directory.
+
+  Attributes:
+    config: a resolved `Config`.
+    workdir: its path.
+    mesh: the device mesh.
+    checkpoints: a `Checkpoints`.
+    profile: as `run`.
+    train_step: what `step.create` returns.
+    signals: a `stopping.Signals`.
+  """
+
+  config: configs.Config
+  workdir: Path
+  mesh: jax.sharding.Mesh
+  checkpoints: checkpoint.Checkpoints
+  profile: tuple | None
+  train_step: object
+  signals: stopping.Signals
+
+
+def _run(run):
+  config, workdir, checkpoints = run.config, run.workdir, run.checkpoints
+  described = states.describe(config, run.mesh)[0]
+  state, card = checkpoints.restore(described)
+  started = start = card.get("step", 0)
+  if start >= config.train.steps and not evaluation_missing(workdir, config, start):
+    return Result(start, config.train.steps, start)
+  watchdog = Watchdog(config.train.step_timeout)
+  ready = prepare(config, workdir, run.mesh, card, watchdog.alive)
+  if jax.process_index() == 0:  # only now: a run that cannot open its data or weights leaves no trace of its config
+    workdirs.describe_run(workdir, config, described)
+    how = global_batch.describe(config.loss, config.train.global_batch_size, config.model.embed_dim, meshes.batch_shards(run.mesh))
     print(how, file=sys.stderr, flush=True)
-  if start:
-    state = checkpoints.restore(ready.state)
-  else:
-    state = states.create(config, mesh)
-    if ready.weights:
-      state = states.start_from(state, config, ready.weights)
+  rollbacks = guard.Rollbacks(workdir)
+  while True:
+    if state is None:
+      state = states.create(config, run.mesh)
+      if ready.weights:
+        state = states.start_from(state, config, ready.weights)
+    try:
+      return Result(_train(run, ready, watchdog, rollbacks, state, start), config.train.steps, started)
+    except guard.Rollback as error:
+      spike = guard.Rollback(error.step, error.reason)  # without its frames, which hold the state
+    state = None
+    with contextlib.suppress(StorageError):
+      checkpoints.wait()
+    state, card = checkpoints.restore(described)
+    start = card.get("step", 0)
+    rollbacks.add(spike, start)
+
+
+def _train(run, ready, watchdog, rollbacks, state, start):
+  """Trains from a state on, and returns the updates that are done when the run is over, or is to be stopped."""
+  config, workdir, mesh = run.config, run.workdir, run.mesh
+  batch, main = config.train.global_batch_size, jax.process_index() == 0
   writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
   measure = performance.Meter(config, list(mesh.devices.flat))
-  log = hooks.Log(writer, config, clock, start, measure, progress or (lambda step, values: None))
-  save = hooks.Save(checkpoints, ready.records, log, writer, config, clock)
-  trace = hooks.Profile(profile, start, config, clock, workdir)
-  every_step = (trace, log, hooks.Evaluate(ready.evaluators, log, writer, config, clock, workdir), save)
+  named = guard.Batches(workdir, ready.data, config, rollbacks)
+  before = [line for line in metrics.read(workdir / "metrics.jsonl") if line["step"] <= start]
+  watch = guard.Guard(config, before, named.write)
+  log = hooks.Log(writer, config, clock, start, measure, progress or (lambda step, values: None), watch)
+  save = hooks.Save(run.checkpoints, ready.card, log, writer, config, clock)
+  evaluate = hooks.Evaluate(ready.evaluators, log, writer, config, clock, workdir, watchdog.alive)
+  trace = hooks.Profile(run.profile, start, config, clock, workdir)
+  # Saved before it is evaluated: an evaluation takes longer than many machines grant one that they take away.
+  every_step = (trace, log, save, evaluate, hooks.SlowData(clock))
+  votes = stopping.Votes(mesh)
 
   bad = pipeline.BadRecords(workdir / "bad_records.jsonl", config.data.max_bad_share)
   rows = rules.local_rows(mesh, batch)
-  batches = pipeline.train_batches(ready.data, config, rows=rows, start=start, bad_records=bad)
+  batches = pipeline.train_batches(ready.data, config, rows=rows, start=start, bad_records=bad, batch_of=rollbacks.batch_of)
+  watchdog.keys = named.keys_of_last
   done = start
   try:
-    with StopSignals(mesh) as stop, trace:
+    with watchdog, trace:
+      run.signals.training()
+      for values in rollbacks.to_write(start, before):
+        writer.write(start, start * batch, values)
+      if evaluation_missing(workdir, config, start):
+        evaluate(start, state, None)
       for done in range(start + 1, config.train.steps + 1):
+        named.last = done
         with trace.step(done):
           with clock.waiting():
             local = next(batches)
           with jax.transfer_guard("disallow"):  # but for the batch nothing crosses over, and nothing waits
-            state, measured = train_step(state, rules.to_global(local, mesh, batch))
+            state, measured = run.train_step(state, rules.to_global(local, mesh, batch))
         for hook in every_step:
           hook(done, state, measured)
-        if stop.requested():
+        watchdog.alive(f"step {done + 1:,}")
+        agreed = votes.cast(stop=run.signals.received is not None, save=save.wished())
+        if "save" in agreed:
           save.now(done, state)
+        if "stop" in agreed:
           break
-      checkpoints.wait()
+      save.last(done, state)
   finally:
     log.flush()
     writer.close()
     if progress:
       progress.close()
-  return Result(done, config.train.steps, start)
+  return done
 
 
-def create_evaluators(config, mesh, training):
+def evaluation_missing(workdir, config, step):
+  """Whether a run that goes on from a step has still to evaluate it.
+
+  Args:
+    workdir: the work directory.
+    config: a resolved `Config`.
+    step: updates done.
+  """
+  due = step and (step == config.train.steps or (config.eval.every and step % config.eval.every == 0))
+  if not due or not (config.eval.retrieval or config.eval.zero_shot):
+    return False
+  lines = metrics.read(Path(workdir) / "metrics.jsonl")
+  found = any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
+  return agreement.everyone(not found)
+
+
+def create_evaluators(config, mesh, training, alive=lambda: None):
   """The evaluators a config asks for.
 
   Args:
     config: a resolved `Config`.
     mesh: the device mesh.
     training: the `Dataset` that is trained on.
+    alive: called for each batch that is encoded.
 
   Returns:
     A list of functions from parameters to metrics and examples.
   """
-  encoder = Encoder(config.model, mesh, config.eval.batch_size)
+  encoder = Encoder(config.model, mesh, config.eval.batch_size, alive)
   found = [
     Retrieval(name, sources.create(item.source, item.path), item, encoder, training)
     for name, item in config.eval.retrieval.items()
@@ -283,47 +300,3 @@ def create_evaluators(config, mesh, training):
     ZeroShot(name, sources.create(item.source, item.path), item, encoder)
     for name, item in config.eval.zero_shot.items()
   ]
-
-
-class StopSignals:
-  """Turns SIGTERM and SIGINT into a wish to stop after a step; a second SIGINT leaves at once."""
-
-  def __init__(self, mesh):
-    """Prepares; signals are caught inside the `with` block.
-
-    Args:
-      mesh: the device mesh, over which processes agree.
-    """
-    self._received, self._agreed, self._before = None, None, {}
-    self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    self._any = jax.jit(jnp.any, out_shardings=rules.replicated(mesh))
-
-  def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._receive)
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def requested(self):
-    """Whether to stop now; to be asked after each step. The answer is the same on every process.
-
-    A signal reaches hosts at different steps, or only one of them. Each step all say whether they have one;
-    the answer of the step before is read, so that nobody waits for the step that is running.
-    """
-    if jax.process_count() == 1:
-      return self._received is not None
-    mine = np.full(jax.local_device_count(), self._received is not None)
-    everybody = jax.make_array_from_process_local_data(self._sharding, mine)
-    before, self._agreed = self._agreed, self._any(everybody)
-    return before is not None and bool(before)
-
-  def _receive(self, number, _):
-    if self._received == signal.SIGINT == number:
-      print("Left at once; the last checkpoint is whole.", file=sys.stderr, flush=True)
-      os._exit(1)  # without waiting for the device, or for a save under way
-    self._received = number
-    name = signal.Signals(number).name
-    print(f"\n{name}: finishing this step and saving; once more to leave at once.", file=sys.stderr, flush=True)

@@ -43,6 +43,15 @@ def create(config):
   return optax.partition(parts, lambda params: jax.tree.map(lambda f: "frozen" if f else "trained", hold(params))), schedule
 
 
+def at_step(opt_state, step):
+  """An optimizer's state whose schedule is at a step, and all else as it is."""
+
+  def of_schedule(node):
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  return jax.tree.map(lambda node: node._replace(count=step) if of_schedule(node) else node, opt_state, is_leaf=of_schedule)
+
+
 def adamw(optimizer):
   """Adam's direction (Kingma & Ba 2015); with the weight decay that every optimizer here has, Loshchilov & Hutter's AdamW."""
   return optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon, mu_dtype=jnp.dtype(optimizer.mu_dtype))

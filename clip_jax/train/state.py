@@ -26,12 +26,16 @@ class TrainState:
     params: float32 parameters of `clip_jax.models.clip.CLIP`.
     opt_state: of the optax chain in `clip_jax.train.optimizer`.
     ema: a moving average of the parameters; None if `optimizer.ema_decay` is.
+    skipped: int32 scalar, steps that changed nothing because the loss or a gradient was not finite.
+    skipped_in_a_row: int32 scalar, how many of them were the last ones.
   """
 
   step: jax.Array
   params: dict
   opt_state: tuple
-  ema: dict | None = None
+  ema: dict | None
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
 
   @property
   def weights(self):
@@ -61,13 +65,15 @@ def describe(config, mesh):
   def create():
     params = nn.unbox(init())
     ema = None if config.optimizer.ema_decay is None else params
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), ema, zero, zero)
 
   shapes = jax.eval_shape(create)
   optimizers.check_patterns(config, shapes.params)
   params, moments = rules.parameter_shardings(jax.eval_shape(init), mesh, config.mesh)
   opt_state = _shardings_of_moments(shapes.opt_state, _with_shardings(shapes.params, moments), mesh)
-  shardings = TrainState(rules.replicated(mesh), params, opt_state, None if shapes.ema is None else moments)
+  whole = rules.replicated(mesh)
+  shardings = TrainState(whole, params, opt_state, None if shapes.ema is None else moments, whole, whole)
   return _with_shardings(shapes, shardings), create
 
 

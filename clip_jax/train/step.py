@@ -32,8 +32,10 @@ def create(config, mesh):
     A function `(state, batch) -> (state, metrics)`. The state is donated. The batch holds `images` (uint8
     [global batch, size, size, 3]) and `tokens` (int32 [global batch, context_length]), both sharded over
     the batch axes. The metrics are float32 scalars: `loss`, `learning_rate`, `logit_scale`,
-    `gradient_norm` (before clipping) and `parameter_norm` (without running statistics), and `logit_bias` where the
-    model has one.
+    `gradient_norm` (before clipping), `parameter_norm` (without running statistics), `skipped` and
+    `skipped_in_a_row`, and `logit_bias` where the model has one.
+
+    Where the loss or a gradient is not finite, the step is skipped: it is counted, and changes nothing else.
   """
   shardings = shardings_of(describe(config, mesh)[0])
   batch = rules.batch_sharding(mesh)
@@ -103,19 +105,42 @@ def train_step(config, mesh):
       ema = optimizers.moving_average(ema, params, state.step + 1, config.optimizer.ema_decay)
       if batch_norm:  # running statistics are averages already
         ema = with_statistics(ema, statistics)
+    gradient_norm = optax.global_norm(gradients)
+    new = state.replace(params=params, opt_state=opt_state, ema=ema)
+    new = keep_if(jnp.isfinite(loss) & jnp.isfinite(gradient_norm), new, state)
     metrics = {
       "loss": loss,
       "learning_rate": schedule(state.step),
       "logit_scale": jnp.exp(state.params["logit_scale"]),
-      "gradient_norm": optax.global_norm(gradients),
-      "parameter_norm": optax.global_norm(without_statistics(params)),
+      "gradient_norm": gradient_norm,
+      "parameter_norm": optax.global_norm(without_statistics(new.params)),
+      "skipped": new.skipped,
+      "skipped_in_a_row": new.skipped_in_a_row,
     }
     if "logit_bias" in state.params:
       metrics["logit_bias"] = state.params["logit_bias"]
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-    return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+    return new, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
   return step
+
+
+def keep_if(good, new, old):
+  """The state after a step that was good or was not, decided on the device.
+
+  Args:
+    good: bool scalar.
+    new: the `TrainState` with its update.
+    old: the one before. If the step was not good, its parameters and moments stay; the step is counted either way.
+  """
+  one_more = old.step + 1
+  kept = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, old)
+  return kept.replace(
+    step=one_more,
+    # The learning rate goes by the step, whatever became of those before.
+    opt_state=optimizers.at_step(kept.opt_state, one_more),
+    skipped=jnp.where(good, old.skipped, old.skipped + 1),
+    skipped_in_a_row=jnp.where(good, 0, old.skipped_in_a_row + 1),
+  )
 
 
 def how(config, mesh):

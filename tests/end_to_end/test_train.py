@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -12,39 +11,29 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
-from pathlib import Path
 
 import cv2
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from tests.conftest import COMPILED, write_colors
-from tests.data import buckets
-
-ROOT = Path(__file__).parents[2]
-RECIPE = "tests/end_to_end/recipe.py"
+from tests.end_to_end.runs import (
+  RECIPE,
+  ROOT,
+  assert_same_run,
+  final_state,
+  finish,
+  start_together,
+  starter,
+  training_lines,
+  wait_for_step,
+)
 
 
 @pytest.fixture(scope="module")
 def start(colors, tmp_path_factory):
-  """A function that starts main.py: workdir, devices, overrides -> a running process."""
-  cache = tmp_path_factory.mktemp("cache")
-
-  def start(workdir, *overrides, devices=1, environment=()):
-    command = [
-      *(sys.executable, "main.py", f"--config={RECIPE}", f"--workdir={workdir}"),
-      *(f"--config.data.path={colors}", *overrides),
-    ]
-    variables = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "CLIP_JAX_CACHE": str(cache)}
-    variables |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(COMPILED), **dict(environment)}
-    return subprocess.Popen(
-      command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-  return start
+  """A function that starts main.py: workdir, overrides, devices, environment -> a running process."""
+  return starter(colors, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -53,53 +42,6 @@ def undisturbed(start, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("undisturbed") / "run"
   finish(start(workdir))
   return workdir
-
-
-def finish(process, code=0):
-  out, err = process.communicate(timeout=300)
-  assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-  return out, err
-
-
-def training_lines(workdir):
-  text = (workdir / "metrics.jsonl").read_text()
-  lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-  return [line for line in lines if "loss" in line]
-
-
-def final_state(workdir):
-  """Every array of the last checkpoint, parameters and moments, by name."""
-  last = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
-  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-  tree = checkpointer.metadata(last / "state").item_metadata.tree
-  # As NumPy arrays: the devices it was saved from may not be here.
-  arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-  state = checkpointer.restore(last / "state", args=ocp.args.PyTreeRestore(restore_args=arguments))
-  return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def wait_for_step(process, workdir, step):
-  deadline = time.monotonic() + 200
-  while time.monotonic() < deadline:
-    if process.poll() is not None:
-      pytest.fail(f"ended before step {step}: {process.communicate()}")
-    if (workdir / "metrics.jsonl").exists():
-      lines = training_lines(workdir)
-      if lines and lines[-1]["step"] >= step:
-        return
-    time.sleep(0.01)
-  pytest.fail(f"step {step} did not come")
-
-
-def assert_same_run(workdir, reference):
-  """Each step once, the same losses to the last bit, the same final state to the last bit."""
-  ours, theirs = training_lines(workdir), training_lines(reference)
-  assert [line["step"] for line in ours] == list(range(1, 41))
-  assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
-  got, want = final_state(workdir), final_state(reference)
-  assert got.keys() == want.keys()
-  for name, value in want.items():
-    assert got[name].tobytes() == value.tobytes(), name
 
 
 def test_training_learns_and_leaves_what_the_contract_says(undisturbed):
@@ -114,23 +56,6 @@ def test_training_learns_and_leaves_what_the_contract_says(undisturbed):
   assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["35", "40"]
   assert list((undisturbed / "tensorboard").iterdir())
   assert "<html" in (undisturbed / "report.html").read_text()
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_the_run_ends_bit_identical(start, undisturbed, tmp_path):
-  moments = random.Random(7)
-  workdir = tmp_path / "run"
-  for _ in range(3):
-    process = start(workdir)
-    seen = training_lines(workdir)[-1]["step"] if (workdir / "metrics.jsonl").exists() else 0
-    wait_for_step(process, workdir, min(seen + moments.randint(1, 12), 39))
-    time.sleep(moments.random() * 0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL  # and not done before
-  finish(start(workdir))
-  assert_same_run(workdir, undisturbed)
-  assert not list(workdir.rglob("*tmp*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
@@ -200,20 +125,6 @@ def test_a_resume_on_other_data_is_refused(start, undisturbed, tmp_path):
   assert "Traceback" not in err
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_loses_no_checkpoint(start, undisturbed, tmp_path):
-  workdir = tmp_path / "run"
-  process = start(workdir)
-  wait_for_step(process, workdir, 6)
-  process.send_signal(signal.SIGSTOP)  # so that both are there before the step ends
-  process.send_signal(signal.SIGINT)
-  process.send_signal(signal.SIGCONT)
-  process.send_signal(signal.SIGINT)
-  process.communicate(timeout=60)
-  assert process.returncode in (1, 75)  # 75: the step ended between the two
-  finish(start(workdir))
-  assert_same_run(workdir, undisturbed)
-
-
 @pytest.mark.slow
 def test_another_device_count_resumes_with_the_same_examples(start, undisturbed, tmp_path):
   workdir = tmp_path / "run"
@@ -232,21 +143,14 @@ def test_another_device_count_resumes_with_the_same_examples(start, undisturbed,
 def test_two_processes_train_like_one_and_stop_together(start, undisturbed, tmp_path):
   workdir = tmp_path / "run"
 
-  def start_two():
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      port = free.getsockname()[1]
-    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    return [start(workdir, environment={**shared, "JAX_PROCESS_ID": str(i)}) for i in range(2)]
-
-  processes = start_two()
+  processes = start_together(start, 2, workdir)
   wait_for_step(processes[0], workdir, 8)
   processes[1].send_signal(signal.SIGTERM)  # only one host is told to go
   for process in processes:
     finish(process, code=75)
   stopped = training_lines(workdir)[-1]["step"]
   assert 8 <= stopped < 40 and (workdir / "checkpoints" / str(stopped)).is_dir()
-  for process in start_two():
+  for process in start_together(start, 2, workdir):
     finish(process)
 
   ours, theirs = training_lines(workdir), training_lines(undisturbed)
@@ -257,29 +161,6 @@ def test_two_processes_train_like_one_and_stop_together(start, undisturbed, tmp_
     # Running means of gradients: Adam makes whole updates of rounding where the true gradient is zero.
     if "'mu'" in name:
       np.testing.assert_allclose(got[name], value, atol=5e-3 * np.abs(value).max(), err_msg=name)
-
-
-@pytest.mark.slow
-def test_a_bucket_that_stops_answering_stops_the_run_which_goes_on_as_from_a_disk(start, undisturbed, colors, tmp_path):
-  workdir = tmp_path / "run"
-  with buckets.s3("training") as bucket:
-    bucket.put("colors.tar", Path(colors).read_bytes())
-    bucket.misbehave(0.1)
-
-    def from_bucket(deadline):
-      overrides = [f"--config.data.path={bucket.root}/colors.tar", f"--config.data.read_deadline={deadline}"]
-      return start(workdir, *overrides, environment=bucket.environment)
-
-    process = from_bucket(8)
-    wait_for_step(process, workdir, 6)
-    bucket.proxy.hang = True
-    _, err = finish(process, code=1)
-    assert f"{bucket.root}/colors.tar has not been read within 8 seconds." in err
-    assert "The last checkpoint is whole; the same command goes on from it." in err and "Traceback" not in err
-    bucket.proxy.hang = False
-    finish(from_bucket(600))
-    assert sum(bucket.proxy.counts[fault] for fault in buckets.FAULTS)
-  assert_same_run(workdir, undisturbed)
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """Checkpoints: exact, atomic, readable on other meshes, and complete about the model."""
 
+import hashlib
 import json
+import tarfile
+from pathlib import Path
 
 import flax
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from clip_jax import config as configs
@@ -29,6 +31,12 @@ def made(shape, **sections):
   return config, meshes.create(config, jax.devices()[: int(np.prod(shape))])
 
 
+def named(state):
+  """The arrays of a state by their names in a card."""
+  fields = {field: getattr(state, field) for field in state.__dataclass_fields__ if getattr(state, field) is not None}
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): array for path, array in jax.tree_util.tree_leaves_with_path(fields)}
+
+
 def assert_same(got, want):
   for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
@@ -41,7 +49,7 @@ def saved(tmp_path_factory):
   config, mesh = made((2, 2, 2))
   state = states.create(config, mesh)
   checkpoints = checkpoint.Checkpoints(workdir, config)
-  checkpoints.save(3, state, 77)
+  checkpoints.save(3, state, records=77)
   checkpoints.close()
   return workdir, config, jax.device_get(state)
 
@@ -51,10 +59,11 @@ def test_restores_bit_for_bit_on_any_mesh(saved, shape):
   workdir, _, want = saved
   config, mesh = made(shape)
   checkpoints = checkpoint.Checkpoints(workdir, config)
-  assert checkpoints.latest_step() == 3 and checkpoints.records() == 77
+  assert checkpoints.latest_step() == 3 and checkpoints.card()["records"] == 77
   described = states.describe(config, mesh)[0]
-  got = checkpoints.restore(described)
+  got, card = checkpoints.restore(described)
   checkpoints.close()
+  assert card["step"] == 3 and card["records"] == 77
   assert_same(got, want)
   for array, shape_ in zip(jax.tree.leaves(got), jax.tree.leaves(described), strict=True):
     assert array.sharding == shape_.sharding
@@ -73,9 +82,9 @@ def test_a_run_with_a_moving_average_goes_on_bit_for_bit(tmp_path, name):
   state = train(train(states.create(config, mesh), 0), 1)
   before = jax.device_get(state)
   checkpoints = checkpoint.Checkpoints(tmp_path, config)
-  checkpoints.save(2, state, 77)
+  checkpoints.save(2, state, records=77)
   checkpoints.wait()
-  restored = checkpoints.restore(states.describe(config, mesh)[0])
+  restored, _ = checkpoints.restore(states.describe(config, mesh)[0])
   checkpoints.close()
   assert_same(restored, before)
   assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -89,24 +98,30 @@ def test_a_run_with_a_moving_average_goes_on_bit_for_bit(tmp_path, name):
   assert np.any(before.ema["image"]["projection"] != before.params["image"]["projection"])
 
 
-def test_without_a_moving_average_a_checkpoint_is_what_it_was_before_there_was_one(saved, tmp_path):
-  @flax.struct.dataclass
-  class Before:
-    step: jax.Array
-    params: dict
-    opt_state: tuple
+@pytest.fixture(scope="module", params=[1, 2])
+def kept(request, tmp_path_factory):
+  """A work directory that a version wrote when its format was the newest, and the SHA-256 of each array that was saved."""
+  workdir = tmp_path_factory.mktemp("kept")
+  with tarfile.open(Path(__file__).parent / f"checkpoints/format_{request.param}.tar.gz") as tar:
+    tar.extractall(workdir, filter="data")
+  return request.param, workdir, json.loads((workdir / "sha256.json").read_text())
 
-  workdir, config, want = saved
-  mesh = made((2, 2, 2))[1]
-  state = states.create(config, mesh)
-  (tmp_path / "checkpoints").mkdir()
-  with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-    manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(Before(state.step, state.params, state.opt_state))))
-  new, old = (json.loads((folder / "checkpoints/3/state/_METADATA").read_text()) for folder in (workdir, tmp_path))
-  assert new == old
-  checkpoints = checkpoint.Checkpoints(tmp_path, config)
-  assert_same(checkpoints.restore(states.describe(config, mesh)[0]), want)
+
+def test_checkpoints_of_each_format_are_read_bit_for_bit(kept):
+  number, workdir, want = kept
+  source = sources.find(workdir)
+  config, mesh = made((1, 4, 1), model=configs.to_dict(source.model), optimizer={**tiny()["optimizer"], "ema_decay": 0.9})
+  checkpoints = checkpoint.Checkpoints(workdir, config)
+  state, card = checkpoints.restore(states.describe(config, mesh)[0])
   checkpoints.close()
+  assert card["format"] == number and card["step"] == 1 and card["records"] == 64
+  got = {name: hashlib.sha256(np.asarray(array).tobytes()).hexdigest() for name, array in named(state).items()}
+  for new in ("skipped", "skipped_in_a_row"):
+    assert not np.asarray(getattr(state, new)) and got.pop(new)
+  assert got == want
+  exported = flax.traverse_util.flatten_dict(source.params(), sep="/")  # the moving average
+  for name, array in exported.items():
+    assert hashlib.sha256(np.asarray(array).tobytes()).hexdigest() == want[f"ema/{name}"], name
 
 
 def test_the_card_names_the_model_completely(saved):
@@ -121,7 +136,7 @@ def test_a_tokenizer_that_is_a_file_is_in_the_checkpoint(tmp_path):
   model = {**tiny()["model"], "tokenizer": str(tmp_path / "tokenizer.json"), "text": {**SIGLIP_TEXT, "vocab_size": 300}}
   config, mesh = made((1, 1, 1), model=model)
   checkpoints = checkpoint.Checkpoints(tmp_path / "run", config, tokenizer)
-  checkpoints.save(1, states.create(config, mesh), 1)
+  checkpoints.save(1, states.create(config, mesh), records=1)
   checkpoints.close()
   (tmp_path / "tokenizer.json").unlink()
   source = sources.find(tmp_path / "run")
@@ -134,7 +149,7 @@ def test_keeps_the_last_and_every_multiple(tmp_path):
   state = states.create(config, mesh)
   checkpoints = checkpoint.Checkpoints(tmp_path, config)
   for step in range(1, 8):
-    checkpoints.save(step, state, 1)
+    checkpoints.save(step, state, records=1)
   checkpoints.close()
   assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6, 7]
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from clip_jax import config as configs
-from clip_jax.errors import UsageError
+from clip_jax.errors import StorageError, UsageError
 from clip_jax.train import hooks
 from clip_jax.train.progress import Progress, duration
 from tests.conftest import tiny
@@ -21,20 +21,41 @@ class Written:
 
   def sync(self):
     self.synced += 1
+    return True
 
 
 class Saved:
+  """Checkpoints on a disk that may be full."""
+
   def __init__(self, writer):
-    self.writer, self.steps = writer, []
+    self.writer, self.there, self.full, self.pending, self.failures = writer, [], False, None, 0
+
+  saving = property(lambda self: self.pending is not None)
+
+  def steps(self):
+    return self.there
 
   def latest_step(self):
-    return self.steps[-1] if self.steps else None
+    return self.there[-1] if self.there else None
+
+  def has(self, step):
+    return step in (*self.there, self.pending)
 
   def save(self, step, state, records):
-    assert records == 9
+    assert records == 9 and not self.saving
     # What a checkpoint of a step must never be ahead of.
-    assert self.writer.lines[-1][0] >= step and self.writer.synced > len(self.steps)
-    self.steps.append(step)
+    assert self.writer.lines[-1][0] >= step and self.writer.synced > len(self.there)
+    self.pending = step
+
+  def wait(self):
+    step, self.pending = self.pending, None
+    if step is not None:
+      if self.full:
+        self.failures += 1
+        raise StorageError(f"checkpoints/{step} could not be written.")
+      self.there.append(step)
+
+  check = wait
 
 
 class State:
@@ -43,6 +64,8 @@ class State:
 
 
 class Evaluator:
+  name = "x"
+
   def __init__(self):
     self.seen = []
 
@@ -75,20 +98,111 @@ def test_each_hook_keeps_its_period_and_the_end(tmp_path):
   saved = Saved(writer)
   log = hooks.Log(writer, config, clock, 0, nothing, ignore)
   evaluate = hooks.Evaluate([evaluator], log, writer, config, clock, tmp_path)
-  save = hooks.Save(saved, 9, log, writer, config, clock)
+  save = hooks.Save(saved, {"records": 9}, log, writer, config, clock)
   for step in range(1, 8):
-    for hook in (log, evaluate, save):
+    for hook in (log, save, evaluate):
       hook(step, State, {"loss": 0.5})
+  save.last(7, State)
   training = [(step, samples) for step, samples, values in writer.lines if "loss" in values]
   evaluated = {step: values for step, _, values in writer.lines if "eval/x/acc1" in values}
   assert training == [(2, 32), (4, 64), (6, 96), (7, 112)]
   assert list(evaluated) == [3, 6, 7]
   assert [step for step, v in evaluated.items() if "eval/x/nearest_pixels_R@1" in v] == [7]
   assert evaluator.seen == [State.weights] * 3
-  assert saved.steps == [4, 7]
+  assert saved.there == [4, 7]
+  assert [evaluate.due(step) for step in range(8)] == [False, False, False, True, False, False, True, True]
   assert [step for step, _, _ in writer.lines] == sorted(step for step, _, _ in writer.lines)
   page = json.loads((tmp_path / "examples.json").read_text())
   assert page == {"retrieval": [{"set": "x"}], "similarity": {"set": "x"}}
+
+
+def saving(now, **checkpoint):
+  """A `Save` of a run of 40 steps, its checkpoints and its writer."""
+  config = configs.resolve(tiny(train={"global_batch_size": 16, "steps": 40}, checkpoint=checkpoint))
+  writer, clock = Written(), hooks.Clock()
+  log = hooks.Log(writer, config, clock, 0, nothing, ignore)
+  saved = Saved(writer)
+  save = hooks.Save(saved, {"records": 9}, log, writer, config, clock, now=lambda: now[0])
+
+  def step(number):
+    log(number, State, {"loss": 0.5})
+    save(number, State, None)
+    if save.wished():
+      save.now(number, State)
+
+  return save, saved, writer, step
+
+
+def test_time_alone_may_decide_when_to_save():
+  now = [1000.0]
+  _, saved, _, step = saving(now, every=1000, every_minutes=2.0)
+  for number in range(1, 13):
+    step(number)
+    now[0] += 25
+  assert saved.there == [6, 11]  # 125 s after the start, and after the last
+
+
+def test_a_save_that_fails_is_told_of_counted_and_tried_again_later_each_time(capsys):
+  now = [0.0]
+  _, saved, writer, step = saving(now, every=10)
+  for number in range(1, 10):
+    step(number)
+  saved.full = True
+  tried = []
+  for number in range(10, 40):
+    if number == 35:
+      saved.full = False
+    before = saved.pending
+    step(number)
+    if saved.pending not in (None, before):
+      tried.append((number, now[0]))
+    now[0] += 9
+  # At once, after 10 s, after a minute and after five of them; step 20 and 30 were due anyway.
+  assert tried == [(10, 0.0), (11, 9.0), (14, 36.0), (20, 90.0), (30, 180.0)]
+  assert saved.failures == 5 and saved.latest_step() is None
+  said = [line for line in capsys.readouterr().err.splitlines() if "NO CHECKPOINT" in line]
+  assert len(said) == 5 and "the 31 steps since 0 are lost. Failures in a row: 5." in said[-1]
+  counted = [values["checkpoint_failures"] for _, _, values in writer.lines if "checkpoint_failures" in values]
+  assert counted == [1, 2, 3, 4, 5]
+  now[0] += 300
+  step(39)
+  step(40)
+  assert saved.there == [39] and "checkpoints can be written again" in capsys.readouterr().err
+
+
+def test_the_last_save_is_tried_several_times_and_then_says_what_is_lost(monkeypatch, capsys):
+  now = [0.0]
+
+  def sleep(seconds):
+    now[0] += seconds
+
+  monkeypatch.setattr(hooks.time, "sleep", sleep)
+  save, saved, _, step = saving(now, every=10)
+  for number in range(1, 22):
+    step(number)
+  saved.full = True
+  with pytest.raises(StorageError, match="Step 21 could not be saved; the steps after 20 are lost."):
+    save.last(21, State)
+  assert saved.failures == 4 and now[0] == 1 + 4 + 15
+  saved.full = False
+  save.last(21, State)
+  assert saved.latest_step() == 21
+
+
+def test_slow_data_is_told_once_in_a_while_with_the_share_that_is_lost(capsys):
+  clock, now = hooks.Clock(), [0.0]
+  slow = hooks.SlowData(clock, now=lambda: now[0])
+  clock.waited = 55.0  # for the first batch
+  said = []
+  for second in range(1, 1300):
+    now[0] = float(second)
+    clock.waited += 0.3 if 300 <= second < 1000 else 0.005
+    if second == 100:
+      clock.beside += 50  # an evaluation
+    slow(second, State, None)
+    said += [(second, line) for line in capsys.readouterr().err.splitlines() if line]
+  assert [second for second, _ in said] == [361, 1021]
+  assert "30% of the last 60 s" in said[0][1]
 
 
 def test_evaluation_is_not_training_time_and_waiting_is_a_share(monkeypatch):

@@ -244,6 +244,70 @@ def test_duplicates_are_hidden_by_their_captions():
   assert abs(dense_softmax(image, text, scale)[0] - want) > 0.01
 
 
+@pytest.mark.parametrize(("name", "value"), [("adamw", np.nan), ("muon", np.inf), ("adafactor", -np.inf)])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name, value, monkeypatch):
+  """Parameters, moments and averages stay to the bit; the learning rate goes by the step, whatever became of those before."""
+  loss_with = steps.loss_with
+
+  def with_poison(config, mesh):
+    loss = loss_with(config, mesh)
+
+    def of(params, embeddings, batch):
+      bad = jnp.any(batch["tokens"] == POISON)
+      return loss(params, embeddings, batch) * jnp.where(bad, value, 1.0)
+
+    return of
+
+  monkeypatch.setattr(steps, "loss_with", with_poison)
+  optimizer = {**tiny()["optimizer"], "name": name, "ema_decay": 0.9}
+  config = resolved((1, 2, 1), train={"global_batch_size": 16, "steps": 9}, optimizer=optimizer)
+  mesh = meshes.create(config, jax.devices()[:2])
+  state, step = states.create(config, mesh), steps.create(config, mesh)
+
+  def batch(seed, poison=False):
+    images, tokens = inputs(config.model, rows=16, seed=seed)
+    if poison:
+      tokens[3, 1] = POISON
+    return rules.to_global({"images": images, "tokens": tokens}, mesh, 16)
+
+  schedule = optimizers.create(config)[1]
+  row = total = 0
+  for seed, bad in enumerate([False, True, True, False, True, False]):
+    before = jax.device_get(state)
+    state, metrics = step(state, batch(seed, bad))
+    after, metrics = jax.device_get((state, metrics))
+    row, total = (row + 1 if bad else 0), total + bad
+    assert after.step == before.step + 1 and metrics["learning_rate"] == pytest.approx(float(schedule(before.step)), rel=1e-6)
+    assert (after.skipped, after.skipped_in_a_row) == (metrics["skipped"], metrics["skipped_in_a_row"]) == (total, row)
+    same = [np.array_equal(a, b) for a, b in zip(*map(parts, (before, after)), strict=True)]
+    assert all(same) if bad else not all(same)
+    assert np.isfinite(metrics["loss"]) != bad and all(np.all(np.isfinite(x)) for x in parts(after))
+    counts = {int(node.count) for node in jax.tree.leaves(after.opt_state, is_leaf=is_schedule) if is_schedule(node)}
+    assert counts == {int(after.step)}
+
+
+POISON = 4_321  # a token that no caption of these tests has
+
+
+def is_schedule(node):
+  return isinstance(node, optax.ScaleByScheduleState)
+
+
+def parts(state):
+  """What an update changes, but for the count of the schedule."""
+  moments = [x for x in jax.tree.leaves(state.opt_state, is_leaf=is_schedule) if not is_schedule(x)]
+  return [*jax.tree.leaves((state.params, state.ema)), *moments]
+
+
+def test_finite_steps_are_computed_as_without_looking(monkeypatch):
+  """Skipping is a choice between two states, and no change of either: to the bit what a step without it computes."""
+  _, state, measured = train((1, 1, 1))
+  monkeypatch.setattr(steps, "keep_if", lambda good, new, old: new.replace(step=old.step + 1))
+  _, plain, plainly = train((1, 1, 1))
+  for ours, theirs in zip(jax.tree.leaves((state, measured)), jax.tree.leaves((plain, plainly)), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_parameters_that_are_not_finite_show_in_the_metrics():
   config = resolved()
   mesh = meshes.create(config, jax.devices()[:1])
@@ -252,6 +316,7 @@ def test_parameters_that_are_not_finite_show_in_the_metrics():
   batch = dict(zip(("images", "tokens"), inputs(config.model, rows=16), strict=True))
   metrics = steps.create(config, mesh)(state, batch)[1]
   assert not np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"])
+  assert metrics["skipped"] == metrics["skipped_in_a_row"] == 1
 
 
 def test_what_is_left_out_depends_on_the_step_and_the_row_alone():
@@ -411,7 +476,8 @@ def test_a_locked_resnet_keeps_its_running_statistics():
   batch = {"images": images, "tokens": tokens}
   params = resnet_start().params
   optimizer, _ = optimizers.create(config)
-  state = states.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  zero = jnp.zeros((), jnp.int32)
+  state = states.TrainState(zero, params, optimizer.init(params), None, zero, zero)
   step = jax.jit(steps.train_step(config, mesh)).lower(state, batch).compile(compiler_options=UNOPTIMIZED)
   after, metrics = step(state, batch)
   jax.tree.map(np.testing.assert_array_equal, after.params["image"], params["image"])

@@ -1,0 +1,86 @@
+"""How a run is stopped from outside, and how its processes agree on what they do together."""
+
+import os
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from clip_jax.parallel import rules
+
+
+class Stopped(BaseException):
+  """A signal came before the first step: there is nothing to finish, and nothing that is not saved."""
+
+
+class Signals:
+  """Turns SIGTERM and SIGINT into a wish to stop after a step; a second SIGINT leaves at once.
+
+  SIGTERM is also how a preemption is announced: by Kubernetes, Slurm, and the shutdown of a virtual machine.
+  """
+
+  def __init__(self):
+    """Prepares; signals are caught inside the `with` block."""
+    self.received, self._training, self._before = None, False, {}
+
+  def __enter__(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._before[number] = signal.signal(number, self._receive)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def training(self):
+    """Says that from now on there is something to save."""
+    self._training = True
+
+  def _receive(self, number, _):
+    if self.received == signal.SIGINT == number:
+      print("Left at once; the last checkpoint is whole.", file=sys.stderr, flush=True)
+      os._exit(1)  # without waiting for the device, or for a save under way
+    self.received = number
+    name = signal.Signals(number).name
+    if not self._training:
+      print(f"\n{name}: stopping before the first step.", file=sys.stderr, flush=True)
+      raise Stopped
+    print(f"\n{name}: finishing this step and saving; the same command goes on. Ctrl-C twice leaves at once.", file=sys.stderr, flush=True)
+
+
+class Votes:
+  """What any process wishes, all do, after the same step: "stop" and "save".
+
+  A signal reaches hosts at different steps, or only one of them; so does the time of a save, or what went wrong with one. After each
+  step all say what they wish; the answer of the step before is read, so that nobody waits for the step that is running.
+  """
+
+  def __init__(self, mesh):
+    """Prepares.
+
+    Args:
+      mesh: the device mesh, over which processes agree.
+    """
+    self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    self._any = jax.jit(lambda wishes: jnp.any(wishes, axis=0), out_shardings=rules.replicated(mesh))
+    self._agreed = None
+
+  def cast(self, *, stop, save):
+    """What is to be done now; to be asked after each step.
+
+    Args:
+      stop: whether this process wishes to stop.
+      save: whether this process wishes to save.
+
+    Returns:
+      A set of "stop" and "save", the same on every process.
+    """
+    mine = (stop, save)
+    if jax.process_count() > 1:
+      everybody = jax.make_array_from_process_local_data(self._sharding, np.tile(mine, (jax.local_device_count(), 1)))
+      before, self._agreed = self._agreed, self._any(everybody)
+      mine = (False, False) if before is None else np.asarray(before)
+    return {name for name, wished in zip(("stop", "save"), mine, strict=True) if wished}
