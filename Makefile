@@ -1,7 +1,7 @@
 # Everything works on a fresh clone with Python >= 3.11, pip and make.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install quickstart test lint bench
+.PHONY: install quickstart test lint soak bench
 
 # One stamp a set of extras: `make quickstart` need not wait for what only the tests use.
 .venv/.quickstart: setup.py constraints.txt
@@ -23,6 +23,10 @@ quickstart: .venv/.quickstart
 # A file's tests stay together, for the runs they share; a process takes up to 4 GB.
 test: .venv/.test
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+
+# A run that is killed a hundred times: at most twenty minutes.
+soak: .venv/.test
+	$(BIN)/python -m tests.faults.soak
 
 lint: .venv/.test
 	$(BIN)/ruff check .

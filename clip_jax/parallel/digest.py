@@ -5,6 +5,7 @@ and the hashes are added as whole numbers, in any order. A device does this with
 """
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,9 @@ class Digests:
     self._names = [name_of(path) for path, _ in leaves]
     specs = [leaf.sharding.spec for _, leaf in leaves]
     self._mesh = leaves[0][1].sharding.mesh
-    everywhere = jax.sharding.NamedSharding(self._mesh, PartitionSpec())
     # A program for each kind of array, and one that puts their sums together: one for all arrays would take minutes to compile.
-    of_spec = {spec: jax.jit(self._on_devices(spec)) for spec in set(specs)}
-    self._sums_of = [of_spec[spec] for spec in specs]
-    # Every process gets the sums of all devices, to compare them itself: no compiler may take copies for equal, and not look.
-    self._together = jax.jit(lambda *sums: jnp.stack(sums, axis=1), out_shardings=everywhere)
+    self._sums_of = [_on_devices(self._mesh, spec) for spec in specs]
+    self._together = _together(self._mesh)
     self._alike = collections.defaultdict(list)  # mesh axes that an array is split over -> which arrays those are
     for i, spec in enumerate(specs):
       self._alike[_axes(spec)].append(i)
@@ -67,13 +65,6 @@ class Digests:
         raise TrainingError(self._differing(here, copies, arrays))
       found[arrays] = first.sum(axis=tuple(range(self._mesh.devices.ndim)), dtype=np.uint32)
     return {name: written(*pair) for name, pair in zip(self._names, found, strict=True)}
-
-  def _on_devices(self, spec):
-    # Without check_vma: sums of what the mesh says is the same everywhere may differ, which is the point.
-    return jax.shard_map(
-      lambda part: _of_part(part, spec)[None],
-      mesh=self._mesh, in_specs=spec, out_specs=PartitionSpec(self._mesh.axis_names), check_vma=False,
-    )  # fmt: skip
 
   def _differing(self, sums, copies, arrays):
     # Among three copies or more the one that differs from the median of them is the odd one out; of two nobody knows.
@@ -113,6 +104,23 @@ def name_of(path):
 def written(low, high):
   """Two 32-bit sums as 16 hexadecimal digits."""
   return f"{int(high) << 32 | int(low):016x}"
+
+
+@functools.lru_cache
+def _on_devices(mesh, spec):
+  # Without check_vma: sums of what the mesh says is the same everywhere may differ, which is the point.
+  return jax.jit(
+    jax.shard_map(
+      lambda part: _of_part(part, spec)[None],
+      mesh=mesh, in_specs=spec, out_specs=PartitionSpec(mesh.axis_names), check_vma=False,
+    )
+  )  # fmt: skip
+
+
+@functools.lru_cache
+def _together(mesh):
+  # Every process gets the sums of all devices, to compare them itself: no compiler may take copies for equal, and not look.
+  return jax.jit(lambda *sums: jnp.stack(sums, axis=1), out_shardings=jax.sharding.NamedSharding(mesh, PartitionSpec()))
 
 
 def _of_part(part, spec):

@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ import orbax.checkpoint as ocp
 
 from clip_jax.convert import native
 from clip_jax.errors import StorageError, UsageError
+from clip_jax.files import tell
 from clip_jax.parallel import agreement, digest
 
 # What is newer than the first format, in which it was not written. A run that goes on from there has skipped nothing yet.
@@ -204,10 +204,9 @@ class Checkpoints:
       aside = self._folder / f"{step}{BROKEN}"
       shutil.rmtree(aside, ignore_errors=True)  # of the same step, from before
       (self._folder / str(step)).rename(aside)
-      print(
-        f"{self._folder / str(step)} CANNOT BE USED: {problem}. It is now called {aside.name}; the run goes on from step {used:,}.",
-        file=sys.stderr, flush=True,
-      )  # fmt: skip
+      tell(
+        f"{self._folder / str(step)} CANNOT BE USED: {problem}. It is now called {aside.name}; the run goes on from step {used:,}."
+      )
 
   def card(self):
     """The card of the newest checkpoint, without its arrays.

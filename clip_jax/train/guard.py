@@ -3,14 +3,13 @@
 import collections
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import jax
 
 from clip_jax.data import order
 from clip_jax.errors import TrainingError
-from clip_jax.files import read_json, write_json
+from clip_jax.files import read_json, tell, write_json
 from clip_jax.train import metrics
 
 # A jump counts only if it is also this many times as far from the median as most losses of the window are: where losses are small,
@@ -81,7 +80,7 @@ class Guard:
     values["loss_spike"] = spike
     reason = f"the loss of step {step:,} is {values['loss']:.4g}, {spike:.1f} times the median of the {count} before"
     if jax.process_index() == 0:
-      print(f"\nLOSS SPIKE: {reason}.", file=sys.stderr, flush=True)
+      tell(f"\nLOSS SPIKE: {reason}.")
     if self._train.on_spike == "rollback":
       self._explain(range(step, step + 1), reason)
       return Rollback(step, reason)
@@ -147,7 +146,7 @@ class Rollbacks:
     self._all.append(entry)
     if jax.process_index() == 0:
       write_json(self._path, {"rollbacks": self._all})
-      print(f"Back to step {to:,}; the {entry['batches']:,} batches since then are left out.", file=sys.stderr, flush=True)
+      tell(f"Back to step {to:,}; the {entry['batches']:,} batches since then are left out.")
 
   def to_write(self, step, lines):
     """What `metrics.jsonl` shall say of each time the run went back to a step, and does not yet.

@@ -7,14 +7,13 @@ are still being computed: reading one waits for the device.
 import contextlib
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
 import jax
 
 from clip_jax.errors import StorageError, UsageError
-from clip_jax.files import write_text
+from clip_jax.files import tell, write_text
 from clip_jax.parallel import agreement
 
 
@@ -76,7 +75,7 @@ class Log:
       values["nonfinite"] = float(len(wrong))
     if wrong and not self._wrong and jax.process_index() == 0:  # the first of a row: the lines have all of them
       what = "; the step was skipped" if values.get("skipped_in_a_row") else ""
-      print(f"\nstep {step:,}: not finite: {', '.join(wrong)}{what}", file=sys.stderr, flush=True)
+      tell(f"\nstep {step:,}: not finite: {', '.join(wrong)}{what}")
     self._wrong = bool(wrong)
     now, waited, beside = time.perf_counter(), self._clock.waited, self._clock.beside
     last_step, last, last_waited, last_beside = self._mark
@@ -121,11 +120,10 @@ class SlowData:
     self._mark = now, waited, beside
     if share > self.SHARE and now - self._said > self.QUIET:
       self._said = now
-      print(
+      tell(
         f"\nSLOW DATA: {share:.0%} of the last {now - last:,.0f} s were spent waiting for it (process {jax.process_index()}). "
-        "`clip-jax data bench` says what takes its time; docs/data.md, what to do about it.",
-        file=sys.stderr, flush=True,
-      )  # fmt: skip
+        "`clip-jax data bench` says what takes its time; docs/data.md, what to do about it."
+      )
 
 
 class Evaluate:
@@ -253,17 +251,16 @@ class Save:
     else:
       if self._in_a_row and self._retry is None and not self._checkpoints.saving:
         self._in_a_row = 0
-        print(f"\nstep {step:,}: checkpoints can be written again.", file=sys.stderr, flush=True)
+        tell(f"\nstep {step:,}: checkpoints can be written again.")
 
   def _failed(self, step, error):
     wait = self.PATIENCE[min(self._in_a_row, len(self.PATIENCE) - 1)]
     self._in_a_row, self._retry = self._in_a_row + 1, self._now() + wait
     whole = self._checkpoints.latest_step() or 0
-    print(
+    tell(
       f"\nstep {step:,}: NO CHECKPOINT: {error} It is tried again. If the run ends now, the {step - whole:,} steps since {whole:,} are lost. "
-      f"Failures in a row: {self._in_a_row}.",
-      file=sys.stderr, flush=True,
-    )  # fmt: skip
+      f"Failures in a row: {self._in_a_row}."
+    )
     values = {"checkpoint_failures": float(self._checkpoints.failures), "checkpoint_steps_at_risk": float(step - whole)}
     self._writer.write(step, step * self._train.global_batch_size, values)
 
@@ -290,7 +287,7 @@ class Profile:
       return
     first, end = window
     if start + 1 >= end:
-      print(f"profile: nothing is traced, because step {end - 1:,} was done before.", file=sys.stderr, flush=True)
+      tell(f"profile: nothing is traced, because step {end - 1:,} was done before.")
     else:
       self._first, self._last = max(first, start + 1), min(end - 1, config.train.steps)
 
@@ -327,11 +324,9 @@ class Profile:
     with self._clock.paused():
       jax.profiler.stop_trace()
     perfetto = max(self._folder.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
-    print(
+    tell(
       f"\nprofile: steps {self._first:,} to {self._done:,} are traced. Look at them with `xprof {self._folder}` (pip install xprof), "
-      f"or open {perfetto} in https://ui.perfetto.dev.",
-      file=sys.stderr,
-      flush=True,
+      f"or open {perfetto} in https://ui.perfetto.dev."
     )
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +14,7 @@ from clip_jax.errors import DataError, StorageError
 from clip_jax.evaluate.encode import Encoder
 from clip_jax.evaluate.retrieval import Retrieval
 from clip_jax.evaluate.zero_shot import ZeroShot
+from clip_jax.files import tell
 from clip_jax.losses import global_batch
 from clip_jax.parallel import agreement, rules
 from clip_jax.parallel import mesh as meshes
@@ -190,7 +190,7 @@ def _run(run):
   if jax.process_index() == 0:  # only now: a run that cannot open its data or weights leaves no trace of its config
     workdirs.describe_run(workdir, config, described)
     how = global_batch.describe(config.loss, config.train.global_batch_size, config.model.embed_dim, meshes.batch_shards(run.mesh))
-    print(how, file=sys.stderr, flush=True)
+    tell(how)
   rollbacks = guard.Rollbacks(workdir)
   while True:
     if state is None:

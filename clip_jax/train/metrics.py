@@ -11,11 +11,11 @@ import math
 import os
 import socket
 import struct
-import sys
 import time
 from pathlib import Path
 
 from clip_jax.errors import StorageError
+from clip_jax.files import tell
 
 # Lines are kept until they are known to be on disk. Without checkpoints nobody else asks for that.
 MOST_LINES_IN_DOUBT = 1_000
@@ -239,7 +239,7 @@ def _reason(error):
 def _say(text):
   # On a line of its own, also where a bar of progress is being drawn. Standard error may be a file on the same disk.
   with contextlib.suppress(OSError):
-    print(f"\n{text}", file=sys.stderr, flush=True)
+    tell(f"\n{text}")
 
 
 def read(path):

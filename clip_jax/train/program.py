@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import clip_jax
 from clip_jax import config as configs
 from clip_jax import files
 from clip_jax.errors import UsageError
+from clip_jax.files import tell
 from clip_jax.train import environment
 from clip_jax.train import state as states
 from clip_jax.train import step as steps
@@ -68,7 +68,7 @@ def load(path, config, mesh):
   here = _made_of(config, mesh)
   for key, value in here.items():
     if header[key] != value:
-      print(f"{path} is not used, and the step is compiled: {_difference(key, header[key], value)}.", file=sys.stderr, flush=True)
+      tell(f"{path} is not used, and the step is compiled: {_difference(key, header[key], value)}.")
       return None
   state, batch = states.describe(config, mesh)[0], steps.inputs(config, mesh)
   in_tree, out_tree = jax.tree.structure(((state, batch), {})), jax.tree.structure((state, dict.fromkeys(header["metrics"], 0)))

@@ -1,5 +1,6 @@
 """One line that tells how a run is going: redrawn on a terminal, now and then in a log."""
 
+import contextlib
 import sys
 import time
 
@@ -38,7 +39,8 @@ class Progress:
       self._live.update(self._task, completed=step, line=line)
     elif step == self._steps or self._said is None or time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
       self._said = time.monotonic()
-      print(f"step {step:,}/{self._steps:,}  {line}", file=self._file, flush=True)
+      with contextlib.suppress(OSError):  # a log on a disk that is full
+        print(f"step {step:,}/{self._steps:,}  {line}", file=self._file, flush=True)
 
   def _speed(self, step, values):
     if self._rate is None:  # the first step's time is that of compiling

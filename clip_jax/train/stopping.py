@@ -2,13 +2,13 @@
 
 import os
 import signal
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from clip_jax.files import tell
 from clip_jax.parallel import rules
 
 
@@ -41,14 +41,14 @@ class Signals:
 
   def _receive(self, number, _):
     if self.received == signal.SIGINT == number:
-      print("Left at once; the last checkpoint is whole.", file=sys.stderr, flush=True)
+      tell("Left at once; the last checkpoint is whole.")
       os._exit(1)  # without waiting for the device, or for a save under way
     self.received = number
     name = signal.Signals(number).name
     if not self._training:
-      print(f"\n{name}: stopping before the first step.", file=sys.stderr, flush=True)
+      tell(f"\n{name}: stopping before the first step.")
       raise Stopped
-    print(f"\n{name}: finishing this step and saving; the same command goes on. Ctrl-C twice leaves at once.", file=sys.stderr, flush=True)
+    tell(f"\n{name}: finishing this step and saving; the same command goes on. Ctrl-C twice leaves at once.")
 
 
 class Votes:

@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 
+from clip_jax.files import tell
+
 KEYS = 8  # that are named
 SECONDS_FOR_KEYS = 5.0
 
@@ -60,16 +62,16 @@ class Watchdog:
         told = since
         self._tell(still)
       if still > 2 * self._seconds:
-        print(f"No progress for {still:,.0f} s in {self._what}: the process ends; the last checkpoint is whole.", file=sys.stderr, flush=True)
+        tell(f"No progress for {still:,.0f} s in {self._what}: the process ends; the last checkpoint is whole.")
         os._exit(1)
 
   def _tell(self, still):
-    print(f"\nNo progress for {still:,.0f} s in {self._what}. All threads:", file=sys.stderr, flush=True)
+    tell(f"\nNo progress for {still:,.0f} s in {self._what}. All threads:")
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     found = []
     asking = threading.Thread(target=lambda: found.extend(self.keys()), daemon=True)
     asking.start()
     asking.join(min(SECONDS_FOR_KEYS, self._seconds / 2))  # what hangs may be what would tell
     names = f"{', '.join(found[:KEYS])}, and {max(len(found) - KEYS, 0):,} more" if found else "they cannot be named"
-    print(f"The records asked for last: {names}.", file=sys.stderr, flush=True)
-    print(f"The process ends after {2 * self._seconds:,.0f} s without progress (config.train.step_timeout).", file=sys.stderr, flush=True)
+    tell(f"The records asked for last: {names}.")
+    tell(f"The process ends after {2 * self._seconds:,.0f} s without progress (config.train.step_timeout).")

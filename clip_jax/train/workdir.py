@@ -1,7 +1,6 @@
 """A run's work directory: whose it is, what it says of the run, and how another one begins there."""
 
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ import jax
 from clip_jax import config as configs
 from clip_jax.data.locations import redact
 from clip_jax.errors import ConfigError, UsageError
-from clip_jax.files import write_text
+from clip_jax.files import tell, write_text
 from clip_jax.parallel import agreement, rules
 from clip_jax.train import environment
 
@@ -56,7 +55,7 @@ def _move_away(workdir):
   aside.mkdir(parents=True)
   for path in there:
     path.rename(aside / path.name)
-  print(f"The run that was in {workdir} is in {aside} now.", file=sys.stderr, flush=True)
+  tell(f"The run that was in {workdir} is in {aside} now.")
 
 
 def check_same_run(workdir, config):
@@ -91,7 +90,7 @@ def describe_run(workdir, config, described):
   if described.ema is not None:
     parts.append(("moving average", described.ema))
   write_text(workdir / "parameters.txt", rules.table(parts) + "\n")
-  print(rules.table(parts[:1]), file=sys.stderr, flush=True)
+  tell(rules.table(parts[:1]))
   write_text(workdir / "config.json", json.dumps(as_json(config), indent=2) + "\n")
   write_text(workdir / "environment.json", json.dumps(environment.describe(), indent=2) + "\n")
 

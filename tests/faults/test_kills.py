@@ -17,7 +17,7 @@ from tests.end_to_end.runs import (
   wait_until,
 )
 
-# Time for something to happen to a run: its batches, two a step as there are as many parts of them, take this long.
+# Time for something to happen to a run: each batch takes a thread this much longer to load, and there are two threads.
 SLOW = {"SLOW": "0.03"}
 
 

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import resource
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 
 from clip_jax import config as configs
 from clip_jax.convert import native, sources
-from clip_jax.errors import UsageError
+from clip_jax.errors import StorageError, TrainingError, UsageError
 from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
 from clip_jax.train import checkpoint
@@ -152,6 +155,135 @@ def test_keeps_the_last_and_every_multiple(tmp_path):
     checkpoints.save(step, state, records=1)
   checkpoints.close()
   assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6, 7]
+
+
+def largest(folder):
+  return max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(folder, other):
+  content = bytearray(largest(folder).read_bytes())
+  content[len(content) // 2] ^= 1
+  largest(folder).write_bytes(content)
+
+
+def truncate(folder, other):
+  os.truncate(largest(folder), 100)
+
+
+def remove_a_file(folder, other):
+  largest(folder).unlink()
+
+
+def remove_the_card(folder, other):
+  shutil.rmtree(folder / "card")
+
+
+def empty(folder, other):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
+def take_anothers_arrays(folder, other):
+  """All of it can be read, and none of it is what the card says."""
+  shutil.rmtree(folder / "state")
+  shutil.copytree(other / "state", folder / "state")
+
+
+WRONG = [flip_a_bit, truncate, remove_a_file, remove_the_card, empty, take_anothers_arrays]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+  """A work directory with the checkpoints 3 and 5, which differ, and their states."""
+  workdir = tmp_path_factory.mktemp("two")
+  config, mesh = made((1, 2, 1))
+  first = states.create(config, mesh)
+  second = first.replace(params=jax.tree.map(lambda x: x + 1, first.params))
+  checkpoints = checkpoint.Checkpoints(workdir, config)
+  for step, state in ((3, first), (5, second)):
+    checkpoints.save(step, state, records=77)
+  checkpoints.close()
+  return workdir, config, mesh, jax.device_get(first)
+
+
+@pytest.mark.parametrize("harm", WRONG, ids=lambda harm: harm.__name__)
+def test_a_newest_checkpoint_that_is_not_what_was_saved_is_told_of_and_the_one_before_is_used(two, tmp_path, capsys, harm):
+  original, config, mesh, want = two
+  shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+  newest = tmp_path / "checkpoints/5"
+  harm(newest, tmp_path / "checkpoints/3")
+  checkpoints = checkpoint.Checkpoints(tmp_path, config)
+  state, card = checkpoints.restore(states.describe(config, mesh)[0])
+  assert_same(state, want)
+  assert card["step"] == 3 and checkpoints.steps() == [3] and (tmp_path / "checkpoints/5.broken").is_dir()
+  said = capsys.readouterr().err
+  assert f"{newest} CANNOT BE USED: " in said and "It is now called 5.broken; the run goes on from step 3." in said
+  assert sources.find(tmp_path) is not None  # exports take the same one
+  checkpoints.save(5, state, records=77)
+  checkpoints.close()
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "5", "5.broken"]
+
+
+def test_if_none_can_be_used_all_are_named_and_none_is_moved(two, tmp_path):
+  original, config, mesh, _ = two
+  shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+  empty(tmp_path / "checkpoints/3", None)
+  flip_a_bit(tmp_path / "checkpoints/5", None)
+  checkpoints = checkpoint.Checkpoints(tmp_path, config)
+  with pytest.raises(UsageError, match=r"no checkpoint that can be used \(5: .*; 3: .*--force_new"):
+    checkpoints.restore(states.describe(config, mesh)[0])
+  assert checkpoints.steps() == [3, 5]
+  checkpoints.close()
+
+
+def test_a_damaged_checkpoint_is_not_exported(two, tmp_path):
+  original, *_ = two
+  shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+  take_anothers_arrays(tmp_path / "checkpoints/5", tmp_path / "checkpoints/3")
+  with pytest.raises(UsageError, match="is not what was written: the checkpoint is damaged"):
+    sources.find(tmp_path).params()
+
+
+# Orbax leaves what it had begun to whoever collects garbage.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+def test_the_last_good_one_stays_until_a_newer_is_whole(two, tmp_path):
+  """A save that cannot be written says so, leaves nothing, and removes nothing, however few are kept."""
+  original, _, mesh, want = two
+  shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+  config = made((1, 2, 1), checkpoint={"keep_last": 1})[0]
+  checkpoints = checkpoint.Checkpoints(tmp_path, config)
+  state, _ = checkpoints.restore(states.describe(config, mesh)[0])
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+  try:
+    for step in (7, 8):
+      with pytest.raises(StorageError, match=f"checkpoints/{step} could not be written .File too large"):
+        checkpoints.save(step, state, records=77)
+        checkpoints.wait()
+      assert not checkpoints.has(step)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert checkpoints.steps() == [3, 5] and checkpoints.failures == 2
+  checkpoints.save(9, state, records=77)
+  assert checkpoints.has(9)
+  checkpoints.wait()
+  checkpoints.close()
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["9"]
+
+
+def test_copies_that_differ_are_not_saved(two, tmp_path):
+  """One device's memory has another bit than the others'."""
+  config, mesh = made((2, 1, 1))
+  state = states.create(config, mesh)
+  scale = state.params["logit_scale"]
+  parts = [jax.device_put(np.float32(value), shard.device) for value, shard in zip((1.0, 1.0000001), scale.addressable_shards, strict=True)]
+  bad = state.replace(params={**state.params, "logit_scale": jax.make_array_from_single_device_arrays((), scale.sharding, parts)})
+  checkpoints = checkpoint.Checkpoints(tmp_path, config)
+  with pytest.raises(TrainingError, match="copies of params/logit_scale differ between devices"):
+    checkpoints.save(1, bad, records=1)
+  checkpoints.close()
+  assert checkpoints.latest_step() is None
 
 
 def test_a_save_that_was_killed_is_no_checkpoint_and_is_cleared_away(saved, tmp_path):
