@@ -1,13 +1,27 @@
-"""Writing files so that a reader, or a crash, never sees half of one."""
+"""Writing files so that a reader, or a crash, never sees half of one; and lines for people, which must not end a run."""
 
 import contextlib
 import glob
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
-from clip_jax.errors import DataError, UsageError
+from clip_jax.errors import DataError, UsageError, redact
+
+
+def tell(text):
+  """Prints a line for people, who may wait: to standard error, as standard output is for results.
+
+  Standard error may be a file on a disk that is full, or a pipe that nobody reads any more. No line is worth a run, so
+  it is lost then. What signs the URLs in it is taken out.
+
+  Args:
+    text: without the newline at its end.
+  """
+  with contextlib.suppress(OSError):
+    print(redact(text), file=sys.stderr, flush=True)
 
 
 def write_text(path, text):

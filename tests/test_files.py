@@ -1,4 +1,9 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are whole or not there, and lines that end nothing."""
+
+import contextlib
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -41,3 +46,23 @@ def test_what_is_there_is_kept_and_what_cannot_be_written_is_a_sentence(tmp_path
   with pytest.raises(UsageError, match="out/below cannot be written"), files.new(tmp_path / "out/below"):
     raise AssertionError("not reached")
   assert (tmp_path / "out").read_text() == "mine" and left(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "closed pipe"])
+def test_a_line_that_cannot_be_printed_ends_nothing(where):
+  """Nor does what is left of it, when the process ends."""
+  code = "from clip_jax.files import tell\nfor _ in range(1000): tell('a line ' * 10)\nprint('alive')"
+  with contextlib.ExitStack() as stack:
+    if where == "closed pipe":
+      reading, lost = os.pipe()
+      os.close(reading)
+      stack.callback(os.close, lost)
+    else:
+      lost = stack.enter_context(open(where, "w"))
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=lost, text=True, timeout=60, check=False)
+  assert (done.returncode, done.stdout) == (0, "alive\n")
+
+
+def test_lines_go_to_standard_error_at_once_and_without_secrets(capfd):
+  files.tell("reading gs://b/a.tar?sig=abc ...")
+  assert capfd.readouterr() == ("", "reading gs://b/a.tar?sig=*** ...\n")

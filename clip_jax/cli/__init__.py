@@ -10,7 +10,8 @@ import sys
 
 from clip_jax.cli import arguments as types
 from clip_jax.cli import data, doctor, plan
-from clip_jax.errors import StorageError, UsageError
+from clip_jax.errors import StorageError, UsageError, redact
+from clip_jax.files import tell
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -46,10 +47,10 @@ def main(argv=None):
         arguments.show(found)
       code = arguments.exit_code(found)
   except UsageError as error:
-    print(error, file=sys.stderr)
+    tell(str(error))
     return EXIT_USAGE
   except StorageError as error:
-    print(error, file=sys.stderr)
+    tell(str(error))
     return EXIT_FAILED
   return code
 
@@ -60,8 +61,15 @@ def _split(argv):
   return argv[:at], argv[at + 1 :]
 
 
+class _Parser(argparse.ArgumentParser):
+  # Its subparsers are of this class, too.
+
+  def error(self, message):
+    super().error(redact(message))  # which quotes what was given
+
+
 def _parser():
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog="clip-jax", description="CLIP models in JAX: what is around training. Training is `python main.py`."
   )
   verbs = parser.add_subparsers(metavar="VERB", required=True)

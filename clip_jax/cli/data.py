@@ -6,7 +6,7 @@ import dataclasses
 import os
 
 from clip_jax.cli import arguments as types
-from clip_jax.errors import UsageError
+from clip_jax.errors import UsageError, redact
 
 
 def add(verbs, verb):
@@ -132,7 +132,6 @@ def _data_config(arguments):
 
 def _data_bench(arguments):
   from clip_jax.data import bench, dataset
-  from clip_jax.data.locations import redact
 
   config = _data_config(arguments)
   threads = arguments.threads or bench.default_threads()

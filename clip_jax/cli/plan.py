@@ -2,8 +2,8 @@
 
 import argparse
 import re
-import sys
 
+from clip_jax import files
 from clip_jax.errors import ConfigError, UsageError
 
 EPILOG = """
@@ -80,7 +80,7 @@ def _plan(arguments):
         _tell(f"{name} for {'this machine' if where.topology == planner.HERE else where.topology}")
       found, step = planner.plan(config, where, name, arguments.price_per_chip_hour, fresh=bool(arguments.save_compiled))
       if arguments.save_compiled and not step:
-        print(f"{arguments.save_compiled} is not written: there is no program that fits.", file=sys.stderr)
+        files.tell(f"{arguments.save_compiled} is not written: there is no program that fits.")
       elif arguments.save_compiled:
         from clip_jax.train import program
 
@@ -113,4 +113,4 @@ def _smallest(arguments, loaded):
 
 
 def _tell(text):
-  print(f"compiling {text} ...", file=sys.stderr, flush=True)
+  files.tell(f"compiling {text} ...")

@@ -1,20 +1,19 @@
 """Files that hold named tensors: safetensors, one or split as on the Hub, and what torch saves.
 
 safetensors are read and written without torch, tensor by tensor. Whatever torch saved is read with `weights_only`, or, if
-it is a TorchScript archive, by `torch.jit.load`: neither runs code from the file.
+it is a TorchScript archive, by `torchscript.py`: neither runs code from the file, which torch's own loader of archives does.
 """
 
 import json
 import math
 import struct
-import warnings
-import zipfile
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
+from clip_jax.convert import torchscript
 from clip_jax.errors import DataError, MissingExtraError
 from clip_jax.files import write_json
 
@@ -96,46 +95,32 @@ class Torch:
   """
 
   def __init__(self, path):
-    """Loads the file.
+    """Loads the file; of an archive only what is in it.
 
     Args:
       path: the file.
 
     Raises:
-      MissingExtraError: torch is not installed.
-      DataError: torch cannot read it, or it would have to run code from it.
+      MissingExtraError: torch is not installed, and it is no archive.
+      DataError: it cannot be read, or code from it would have to be run.
     """
-    torch = import_torch(f"Reading {Path(path).name}")
-    self.scripted = _is_archive(path)
-    try:
-      with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the age of TorchScript, which is not the reader's business
-        if self.scripted:
-          loaded = torch.jit.load(str(path), map_location="cpu").state_dict()
-        else:
-          loaded = torch.load(str(path), map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-      raise DataError(f"{path} does not exist.") from error
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ValueError, KeyError ...
-      reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-      if "weights_only" in reason or "Unsupported" in str(error) or "GLOBAL" in str(error):
-        reason = "it holds more than tensors, which would run code from the file"
-      raise DataError(f"{path} cannot be read as weights: {reason}.") from error
-    for key in ("state_dict", "model", "module"):
-      if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-        loaded = loaded[key]
-    tensors = {name: value for name, value in loaded.items() if torch.is_tensor(value)} if isinstance(loaded, dict) else {}
-    if not tensors:
+    self.scripted = torchscript.is_archive(path)
+    if self.scripted:
+      archive = torchscript.Archive(path)
+      shapes, self._source = archive.shapes, archive.read
+    else:
+      tensors = _loaded(path)
+      shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+      self._source = lambda name: _as_numpy(tensors[name])
+    if not shapes:
       raise DataError(f"{path} holds no tensors: a state dict, or a checkpoint with a state_dict in it, would be right.")
-    self._tensors = {_plain(name): value for name, value in tensors.items()}
-    self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
+    self._names = {_plain(name): name for name in shapes}
+    self.shapes = {plain: shapes[name] for plain, name in self._names.items()}
 
   def read(self, name):
     """One tensor, as a NumPy array."""
-    tensor = self._tensors[name].detach()
-    if str(tensor.dtype) == "torch.bfloat16":
-      tensor = tensor.float()  # NumPy has none; the numbers are the same
-    return tensor.contiguous().numpy()
+    array = self._source(self._names[name])
+    return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 def import_torch(feature):
@@ -147,17 +132,34 @@ def import_torch(feature):
   return torch
 
 
+def _loaded(path):
+  # The tensors of what torch has pickled, by name.
+  torch = import_torch(f"Reading {Path(path).name}")
+  try:
+    loaded = torch.load(str(path), map_location="cpu", weights_only=True)
+  except FileNotFoundError as error:
+    raise DataError(f"{path} does not exist.") from error
+  except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ValueError, KeyError ...
+    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    if "weights_only" in reason or "Unsupported" in str(error) or "GLOBAL" in str(error):
+      reason = "it holds more than tensors, which would run code from the file"
+    raise DataError(f"{path} cannot be read as weights: {reason}.") from error
+  for key in ("state_dict", "model", "module"):
+    if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+      loaded = loaded[key]
+  return {name: value for name, value in loaded.items() if torch.is_tensor(value)} if isinstance(loaded, dict) else {}
+
+
+def _as_numpy(tensor):
+  tensor = tensor.detach()
+  if str(tensor.dtype) == "torch.bfloat16":
+    tensor = tensor.float()  # NumPy has none; the numbers are the same
+  return tensor.contiguous().numpy()
+
+
 def _plain(name):
   # What DistributedDataParallel and torch.compile put in front.
   return name.removeprefix("module.").removeprefix("_orig_mod.")
-
-
-def _is_archive(path):
-  try:
-    with zipfile.ZipFile(path) as archive:
-      return any(name.endswith("constants.pkl") for name in archive.namelist())
-  except (OSError, zipfile.BadZipFile):
-    return False
 
 
 def write_safetensors(path, tensors, read):

@@ -31,8 +31,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from clip_jax.data.progress import tell
 from clip_jax.errors import MissingExtraError
+from clip_jax.files import tell
 
 # Part of the folder's name: a change of anything below that changes a byte of the shards needs a
 # new number, or readers of an old cache would train on something else.

@@ -13,10 +13,9 @@ import numpy as np
 
 from clip_jax.data import dataset as datasets
 from clip_jax.data import images
-from clip_jax.data.locations import redact
 from clip_jax.data.pipeline import CHUNK, BadRecords, Loader, tokenizer_for
 from clip_jax.data.tokenizer import ClipTokenizer
-from clip_jax.errors import DataError
+from clip_jax.errors import DataError, redact
 
 KEYS = 5  # named of each kind of bad record
 COPIES, CAPTIONS, COPIES_OF_ONE = 8, 10, 4  # groups of equal images and captions that are shown, and members of a group

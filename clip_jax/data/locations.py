@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from clip_jax.errors import DataError
+from clip_jax.errors import redact as redact  # for who shows a path
 
 
 def is_remote(path):
@@ -20,21 +21,20 @@ def check(path):
     DataError: it is a URL of another kind, or holds credentials.
   """
   match = re.match(r"(\w+)://([^/]*)", path)
-  if match and "@" in match[2]:
+  # A key may have slashes in it, so that what looks like a bucket ends before the @; and no bucket's name has a colon.
+  if match and ("@" in match[2] or ":" in match[2] and "@" in path):
     raise DataError(
-      f"{redact(path)}: credentials do not belong in a path, which is written to logs; set them in the environment."
+      f"{path}: credentials do not belong in a path, which is written to logs; set them in the environment."
     )
   if match and match[1] not in ("gs", "s3"):
-    raise DataError(f"{redact(path)}: only local paths, gs:// and s3:// can be read.")
+    raise DataError(f"{path}: only local paths, gs:// and s3:// can be read.")
   if match and not match[2]:
     raise DataError(f"{path}: the name of the bucket is missing.")
 
 
-def redact(text):
-  """Takes the secrets out of the URLs in a text: user and password, and what signs a request."""
-  text = re.sub(r"(\w+://)[^/\s@]*@", r"\1***@", text)
-  secret = r"[\w.-]*(?:token|secret|password|signature|credential|key|sig|auth)[\w.-]*"
-  return re.sub(rf"(?i)([?&]{secret}=)[^&\s]+", r"\1***", text)
+def file_name(path):
+  """What a file is called in the names of its records, which are shown and kept; without what signs its URL."""
+  return redact(path).rpartition("/")[2]
 
 
 def expand_braces(pattern):

@@ -4,6 +4,7 @@ Nothing here is state: the batch of a step is a function of the config, the data
 run resumes by asking for the step after its checkpoint's.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -15,7 +16,8 @@ import numpy as np
 
 from clip_jax.data import images, order, tokenizer_folders
 from clip_jax.data.tokenizer import ClipTokenizer
-from clip_jax.errors import ConfigError, DataError
+from clip_jax.errors import ConfigError, DataError, redact
+from clip_jax.files import tell
 
 # Examples loaded by one call: enough to make a thread's bookkeeping and the tokenizer's cheap, few enough
 # that the first batch of a small run is spread over all threads.
@@ -54,7 +56,7 @@ def file_tokenizer_for(model):
   return tokenizer
 
 
-def train_batches(dataset, config, *, rows, start, bad_records=None):
+def train_batches(dataset, config, *, rows, start, bad_records=None, batch_of=lambda step: step - 1):
   """The training batches of one process.
 
   Args:
@@ -63,6 +65,7 @@ def train_batches(dataset, config, *, rows, start, bad_records=None):
     rows: which rows of the global batch this process loads, an int array.
     start: the first step to load.
     bad_records: a `BadRecords` that counts what cannot be read; a fresh one if not given.
+    batch_of: a function from a step, counted from 1, to the number of its batch in the stream, from 0.
 
   Returns:
     An iterator over the steps from `start` to the end of the run, of dicts with `images` (uint8
@@ -84,7 +87,7 @@ def train_batches(dataset, config, *, rows, start, bad_records=None):
     step, part = divmod(i, chunks)
     here = slice(part * chunk, (part + 1) * chunk)
     whole = batches.of(step)
-    load(order.positions_of_step(step, batch, rows[here]), {key: array[here] for key, array in whole.items()})
+    load(order.positions_of_step(batch_of(step + 1), batch, rows[here]), {key: array[here] for key, array in whole.items()})
     return whole if part == chunks - 1 else None
 
   options = grain.ReadOptions(
@@ -117,7 +120,8 @@ def evaluation_pixels(record, size, mode):
 class BadRecords:
   """Counts records that cannot be read, and writes each down once.
 
-  The run stops when more than the allowed share of the records it has tried are bad.
+  The run stops when more than the allowed share of the records it has tried are bad. It does not where they cannot be
+  written down, as on a full disk: their lines wait for the next bad record.
   """
 
   def __init__(self, path, max_share):
@@ -136,7 +140,8 @@ class BadRecords:
         lines = file.readlines()
     self._written = {_name_of(line) for line in lines}
     # A killed run may have left part of a line, which must not be glued to the next one.
-    self._before = "\n" if lines and not lines[-1].endswith(b"\n") else ""
+    self._torn = bool(lines) and not lines[-1].endswith(b"\n")
+    self._waiting, self._trouble = [], False
 
   def count(self, tried):
     """Counts records that were tried, bad ones included."""
@@ -155,21 +160,50 @@ class BadRecords:
     Raises:
       DataError: too many are bad.
     """
+    # Names are made of paths, which may hold what signs a request; the list goes into the report.
+    place = {name: redact(value) if isinstance(value, str) else value for name, value in place.items()}
+    key, error = redact(key), redact(str(error))
     with self._lock:
       self.bad += 1
       name = place.get("source"), place["index"]
       if self._path is not None and name not in self._written:
         self._written.add(name)
-        line = place | {"key": key, "error": str(error), "substitute": substitute}
-        with open(self._path, "a", encoding="utf-8") as file:
-          file.write(self._before + json.dumps(line, ensure_ascii=False) + "\n")
-        self._before = ""
+        line = place | {"key": key, "error": error, "substitute": substitute}
+        self._waiting.append(json.dumps(line, ensure_ascii=False) + "\n")
+      if self._waiting:
+        self._write_waiting()
       if self.tried >= MIN_RECORDS_TO_JUDGE and self.bad > self._max_share * self.tried:
-        where = f" They are listed in {self._path}." if self._path is not None else ""
+        where = f" They are listed in {self._path}." if self._path is not None and not self._waiting else ""
         raise DataError(
           f"{self.bad:,} of {self.tried:,} records could not be read, more than "
           f"data.max_bad_share={self._max_share:g} allows; the last was {key} ({error}).{where}"
         )
+
+  def _write_waiting(self):
+    try:
+      with open(self._path, "ab", buffering=0) as file:
+        while self._waiting:
+          self._append(file, ("\n" * self._torn + self._waiting[0]).encode("utf-8", "backslashreplace"))
+          self._torn = False
+          del self._waiting[0]
+      self._trouble = False
+    except OSError as error:
+      if not self._trouble:
+        tell(f"{self._path} cannot be written ({error.strerror or error}); what it lacks is kept in memory.")
+      self._trouble = True
+
+  def _append(self, file, content):
+    begin, done = file.tell(), 0
+    try:
+      while done < len(content):
+        done += file.write(content[done:])
+    except OSError:
+      with contextlib.suppress(OSError):
+        if os.fstat(file.fileno()).st_size == begin + done:  # otherwise another host has written since
+          file.truncate(begin)
+          done = 0
+      self._torn |= done > 0
+      raise
 
 
 def _name_of(line):

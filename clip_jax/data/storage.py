@@ -16,8 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-from clip_jax.data.locations import check, expand_braces, is_remote, redact
-from clip_jax.errors import DataError, StorageError, UsageError
+from clip_jax.data.locations import check, expand_braces, is_remote
+from clip_jax.errors import DataError, StorageError, UsageError, redact
 
 DEADLINE = 600.0  # seconds
 # A connection that brings nothing for this long is given up and the request repeated; the deadline is for all of them.
@@ -175,7 +175,7 @@ class Storage:
       try:
         store.write(key, content).result(timeout=self.deadline)
       except Exception as error:  # of whatever kind: the caller has another place for it
-        raise OSError(f"{path}: {_reason(error)}") from error
+        raise OSError(redact(f"{path}: {_reason(error)}")) from error
       return
     path = Path(path)  # hidden until it is whole, from globs as well
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -325,7 +325,7 @@ def _explained(error, path, stop):
 
 def _reason(error):
   # Without the source lines and request headers that follow.
-  return redact(re.split(r"\s*\[\w+='|\n", str(error))[0])
+  return re.split(r"\s*\[\w+='|\n", str(error))[0]
 
 
 def _after(prefix):

@@ -20,6 +20,19 @@ def everyone(mine):
   return bool(np.all(multihost_utils.process_allgather(np.array(bool(mine)))))
 
 
+def of_first(make):
+  """What the first process finds, on all of them; all must ask at the same time.
+
+  Files that one process has just written, others may not see yet: what they do together must not depend on it.
+
+  Args:
+    make: a function without arguments, called on the first process alone, that returns something ready for JSON.
+  """
+  if jax.process_count() == 1:
+    return make()
+  return json.loads(_gathered(json.dumps(make() if jax.process_index() == 0 else None))[0])
+
+
 def require_same(facts):
   """Checks that all processes hold the same to be true; all must ask at the same time.
 

@@ -35,13 +35,18 @@ def initialize(timeout=100):
       raise UsageError(
         f"JAX_PROCESS_ID={number} and JAX_NUM_PROCESSES={count} must be whole numbers, the first smaller."
       )
-    jax.distributed.initialize(address, int(count), int(number), heartbeat_timeout_seconds=timeout)
+    jax.distributed.initialize(address, int(count), int(number), **_seconds(timeout))
   # The address alone is for a launcher's processes, whose number it knows; jax.distributed reads it.
   elif given and not (given == ["JAX_COORDINATOR_ADDRESS"] and _launched_with_others()):
     missing = ", ".join(name for name in BY_HAND if name not in given)
     raise UsageError(f"{', '.join(given)} set without {missing}; set all three, or none.")
   elif _launched_with_others():
-    jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
+    jax.distributed.initialize(**_seconds(timeout))
+
+
+def _seconds(timeout):
+  # The second is for a process that ends by itself and waits for the others to do so, too, which may wait for it elsewhere.
+  return {"heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout}
 
 
 def make_deterministic():

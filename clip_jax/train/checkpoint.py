@@ -31,6 +31,7 @@ class Checkpoints:
 
   Attributes:
     failures: how many saves did not succeed.
+    whole: the step that was saved, or restored, last; None if there is none.
   """
 
   def __init__(self, workdir, config, tokenizer=None):
@@ -45,7 +46,7 @@ class Checkpoints:
     self._folder = (Path(workdir) / "checkpoints").absolute()
     self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-    self._saving = self._step = self._digests = None
+    self._saving = self._step = self._digests = self.whole = None
     self.failures = 0
 
   def clear_leftovers(self):
@@ -68,8 +69,8 @@ class Checkpoints:
     return self._saving is not None
 
   def has(self, step):
-    """Whether a step is saved, or is being saved."""
-    return step in self.steps() or (self.saving and step == self._step)
+    """Whether a step is saved by this process, or is being saved."""
+    return step == self.whole or (self.saving and step == self._step)
 
   def save(self, step, state, **values):
     """Starts to save; the state may be changed once this returns.
@@ -84,10 +85,10 @@ class Checkpoints:
       StorageError: it cannot be written, or the save before could not.
     """
     self.wait()
-    fields = _fields(state)
-    self._digests = self._digests or digest.Digests(fields)
-    card = native.card(self._config.model, step=step, **values, digests=self._digests(fields))
-    items = {"state": ocp.args.StandardSave(fields), "card": ocp.args.JsonSave(card)}
+    arrays = fields(state)
+    self._digests = self._digests or digest.Digests(arrays)
+    card = native.card(self._config.model, step=step, **values, digests=self._digests(arrays))
+    items = {"state": ocp.args.StandardSave(arrays), "card": ocp.args.JsonSave(card)}
     if self._tokenizer is not None:
       items["tokenizer"] = ocp.args.JsonSave(self._tokenizer.to_dict())
     path = self._folder / str(step)
@@ -104,6 +105,7 @@ class Checkpoints:
         raise OSError("it did not get its name")
     except Exception as error:
       self._failed(path, error)
+    self.whole = int(path.name)
     self._retire()
 
   def _failed(self, path, error):
@@ -124,9 +126,13 @@ class Checkpoints:
           (self._folder / str(step)).rename(leaving)
           shutil.rmtree(leaving)
 
+  def written(self):
+    """Whether what was started is on disk, or could not be written."""
+    return not self.saving or self._saving.done()
+
   def check(self):
     """Raises what `wait` would, without waiting: for each step."""
-    if self.saving and self._saving.done():
+    if self.written():
       self.wait()
 
   def wait(self):
@@ -155,10 +161,11 @@ class Checkpoints:
       StorageError: a disk does not answer.
     """
     wrong = {}
-    for step in reversed(self.steps()):
+    for step in reversed(agreement.of_first(self.steps)):
       state, card, problem = self._read(step, described)
       if not problem:
         self._set_aside(wrong, step)
+        self.whole = step
         return state, card
       wrong[step] = problem
     if wrong:
@@ -178,16 +185,16 @@ class Checkpoints:
       problem = reason(error)
     if not agreement.everyone(problem is None):
       return None, None, problem or "another process cannot read its part"
-    fields, written = _fields(state), card.get("digests")
+    arrays, written = fields(state), card.get("digests")
     if written is not None:  # the first format had none
-      found = digest.Digests(fields)(fields)
+      found = digest.Digests(arrays)(arrays)
       differing = [name for name in found if found[name] != written.get(name)]
       if differing:
         return None, None, f"{differing[0]} is not what was written, and neither are {len(differing) - 1} others of {len(found)} arrays"
     return state, card, None
 
   def _arrays(self, path, described, card):
-    wanted = _fields(described)
+    wanted = fields(described)
     missing = [name for name in SINCE_FORMAT_2 if card.get("format") == 1]
     items = {name: value for name, value in wanted.items() if name not in missing}
     args = ocp.args.StandardRestore(items)
@@ -237,6 +244,6 @@ def reason(error):
 SYSTEM = {"No space left on device": "No space left on device", "File too large": "File too large", "Disk quota exceeded": "Disk quota exceeded"}
 
 
-def _fields(state):
-  # Without the moving average where there is none: Orbax would write that, and look for it in checkpoints from before there was one.
+def fields(state):
+  """What of a state is saved, by name; without the moving average where there is none, for which Orbax would look."""
   return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if getattr(state, field.name) is not None}

@@ -10,6 +10,7 @@ import jax
 from clip_jax.data import order
 from clip_jax.errors import TrainingError
 from clip_jax.files import read_json, tell, write_json
+from clip_jax.parallel import agreement
 from clip_jax.train import metrics
 
 # A jump counts only if it is also this many times as far from the median as most losses of the window are: where losses are small,
@@ -108,6 +109,15 @@ class Guard:
     return loss / median
 
 
+def lines_to_know(config):
+  """How many of the last lines of `metrics.jsonl` a `Guard` needs: its losses, and lines of other things between them.
+
+  Args:
+    config: a resolved `Config`.
+  """
+  return 4 * config.train.spike_window + 100
+
+
 class Rollbacks:
   """Which batches of the stream a run leaves out, in `rollbacks.json` of its work directory.
 
@@ -121,7 +131,7 @@ class Rollbacks:
       DataError: the file is there and cannot be read.
     """
     self._path = Path(workdir) / "rollbacks.json"
-    self._all = read_json(self._path)["rollbacks"] if self._path.exists() else []
+    self._all = agreement.of_first(lambda: read_json(self._path)["rollbacks"] if self._path.exists() else [])
 
   def batch_of(self, step):
     """The number in the stream, from 0, of the batch of a step, which are counted from 1."""

@@ -237,10 +237,10 @@ class Save:
       self.now(step, state)
       with self._clock.paused():
         self._look(step, wait=True)
-        if agreement.everyone(step in self._checkpoints.steps()):
+        if agreement.everyone(step == self._checkpoints.whole):
           return
         time.sleep(patience)
-    whole = self._checkpoints.latest_step() or 0
+    whole = self._checkpoints.whole or 0
     raise StorageError(f"Step {step:,} could not be saved; the steps after {whole:,} are lost.")
 
   def _look(self, step, wait=False):
@@ -256,7 +256,7 @@ class Save:
   def _failed(self, step, error):
     wait = self.PATIENCE[min(self._in_a_row, len(self.PATIENCE) - 1)]
     self._in_a_row, self._retry = self._in_a_row + 1, self._now() + wait
-    whole = self._checkpoints.latest_step() or 0
+    whole = self._checkpoints.whole or 0
     tell(
       f"\nstep {step:,}: NO CHECKPOINT: {error} It is tried again. If the run ends now, the {step - whole:,} steps since {whole:,} are lost. "
       f"Failures in a row: {self._in_a_row}."

@@ -217,7 +217,7 @@ def _train(run, ready, watchdog, rollbacks, state, start):
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
   measure = performance.Meter(config, list(mesh.devices.flat))
   named = guard.Batches(workdir, ready.data, config, rollbacks)
-  before = [line for line in metrics.read(workdir / "metrics.jsonl") if line["step"] <= start]
+  before = agreement.of_first(lambda: metrics.read(workdir / "metrics.jsonl")[-guard.lines_to_know(config) :])
   watch = guard.Guard(config, before, named.write)
   log = hooks.Log(writer, config, clock, start, measure, progress or (lambda step, values: None), watch)
   save = hooks.Save(run.checkpoints, ready.card, log, writer, config, clock)
@@ -249,7 +249,7 @@ def _train(run, ready, watchdog, rollbacks, state, start):
         for hook in every_step:
           hook(done, state, measured)
         watchdog.alive(f"step {done + 1:,}")
-        agreed = votes.cast(stop=run.signals.received is not None, save=save.wished())
+        agreed = votes.cast(stop=run.signals.received is not None, save=save.wished(), busy=not run.checkpoints.written())
         if "save" in agreed:
           save.now(done, state)
         if "stop" in agreed:
@@ -274,9 +274,12 @@ def evaluation_missing(workdir, config, step):
   due = step and (step == config.train.steps or (config.eval.every and step % config.eval.every == 0))
   if not due or not (config.eval.retrieval or config.eval.zero_shot):
     return False
-  lines = metrics.read(Path(workdir) / "metrics.jsonl")
-  found = any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
-  return agreement.everyone(not found)
+
+  def missing():
+    lines = metrics.read(Path(workdir) / "metrics.jsonl")
+    return not any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
+
+  return agreement.of_first(missing)
 
 
 def create_evaluators(config, mesh, training, alive=lambda: None):

@@ -33,7 +33,7 @@ class Signals:
 
   def __exit__(self, *_):
     for number, handler in self._before.items():
-      signal.signal(number, handler)
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not one of Python's
 
   def training(self):
     """Says that from now on there is something to save."""
@@ -66,21 +66,25 @@ class Votes:
     """
     self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     self._any = jax.jit(lambda wishes: jnp.any(wishes, axis=0), out_shardings=rules.replicated(mesh))
-    self._agreed = None
+    self._asked, self._saved = None, False
 
-  def cast(self, *, stop, save):
+  def cast(self, *, stop, save, busy):
     """What is to be done now; to be asked after each step.
 
     Args:
       stop: whether this process wishes to stop.
       save: whether this process wishes to save.
+      busy: whether it cannot yet, as its last save is still under way. Then nobody does.
 
     Returns:
       A set of "stop" and "save", the same on every process.
     """
-    mine = (stop, save)
+    answer = (stop, save, busy)
     if jax.process_count() > 1:
-      everybody = jax.make_array_from_process_local_data(self._sharding, np.tile(mine, (jax.local_device_count(), 1)))
-      before, self._agreed = self._agreed, self._any(everybody)
-      mine = (False, False) if before is None else np.asarray(before)
-    return {name for name, wished in zip(("stop", "save"), mine, strict=True) if wished}
+      everybody = jax.make_array_from_process_local_data(self._sharding, np.tile(answer, (jax.local_device_count(), 1)))
+      before, self._asked = self._asked, self._any(everybody)
+      answer = (False, False, False) if before is None else np.asarray(before).tolist()
+    stop, save, busy = answer
+    # The wish that was fulfilled just now was still a wish when this answer was asked for.
+    self._saved = save = save and not busy and not (self._saved and jax.process_count() > 1)
+    return {name for name, agreed in (("stop", stop), ("save", save)) if agreed}

@@ -563,3 +563,78 @@ def test_batches_are_loaded_without_jax(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.split("\n")[:2] == ["True False", "[]"]
+
+
+def report(counter, *indices):
+  for index in indices:
+    counter.report({"index": index}, f"painted/{index}", ValueError("unreadable"), index + 1)
+
+
+def listed(path):
+  return [json.loads(line)["index"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_list_of_bad_records_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+  """It is written once that is possible again: each record once, in order."""
+  path = tmp_path / "bad_records.jsonl"
+  counter = BadRecords(path, 0.04)
+  path.symlink_to("/dev/full")
+  counter.count(200)
+  report(counter, 3, 4, 3)
+  assert counter.bad == 3
+  said = [line for line in capsys.readouterr().err.splitlines() if line]
+  assert said == [f"{path} cannot be written (No space left on device); what it lacks is kept in memory."]
+  report(counter, 5, 6, 7, 8, 9)
+  with pytest.raises(DataError) as caught:
+    report(counter, 10)
+  assert "9 of 200 records could not be read" in str(caught.value) and "listed" not in str(caught.value)
+  path.unlink()
+  with pytest.raises(DataError, match="They are listed in"):
+    report(counter, 11)
+  assert listed(path) == [3, 4, 5, 6, 7, 8, 9, 10, 11]
+  assert capsys.readouterr().err == ""
+
+
+def test_a_training_run_goes_on_where_bad_records_cannot_be_listed(tmp_path, capsys):
+  path = tmp_path / "nowhere" / "bad_records.jsonl"
+  config = run_config(10, 16, seed=5, max_bad_share=1.0, threads=4)
+  batches = load(Painted(40, bad={3, 8, 20}), config, bad_records=BadRecords(path, 1.0))
+  assert indices(batches) == expected_indices(5, 40, np.arange(160), {3, 8, 20})
+  assert capsys.readouterr().err.count("cannot be written (No such file or directory)") == 1
+
+
+@pytest.mark.parametrize("torn", ["", '{"index": 1, "ke'])
+def test_a_full_disk_leaves_no_part_of_a_bad_records_line(tmp_path, torn):
+  """Whatever is left of the disk; a part that a kill has left stays a line of its own."""
+  program = """
+    import json, resource, sys
+    from pathlib import Path
+    from clip_jax.data.pipeline import BadRecords
+
+    for room in range(120):
+      path = Path(sys.argv[1], f"{room}.jsonl")
+      path.write_text(sys.argv[2])
+      counter = BadRecords(path, 1.0)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (len(sys.argv[2]) + room, resource.RLIM_INFINITY))
+      for index in range(3):
+        counter.report({"index": index}, "painted", ValueError("unreadable"), 0)
+      kept = path.read_text().removeprefix(sys.argv[2])
+      assert not kept or kept.endswith("}\\n"), kept
+      resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+      counter.report({"index": 3}, "painted", ValueError("unreadable"), 0)
+      lines = path.read_text().removeprefix(sys.argv[2]).splitlines()
+      assert [json.loads(line)["index"] for line in lines if line] == [0, 1, 2, 3], lines
+      assert (lines[0] == "") == bool(sys.argv[2])
+  """
+  done = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), torn], capture_output=True, text=True, timeout=120, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stderr.count("cannot be written (File too large)") == 120
+
+
+def test_a_bad_record_whose_name_is_no_text_is_listed(tmp_path):
+  counter = BadRecords(tmp_path / "bad_records.jsonl", 1.0)
+  counter.report({"index": 1}, "half \ud83d", ValueError("\udcff"), 2)
+  (line,) = (tmp_path / "bad_records.jsonl").read_text(encoding="utf-8").splitlines()
+  assert json.loads(line)["key"] == "half \ud83d"

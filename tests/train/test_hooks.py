@@ -32,10 +32,8 @@ class Saved:
 
   saving = property(lambda self: self.pending is not None)
 
-  def steps(self):
-    return self.there
-
-  def latest_step(self):
+  @property
+  def whole(self):
     return self.there[-1] if self.there else None
 
   def has(self, step):
@@ -159,7 +157,7 @@ def test_a_save_that_fails_is_told_of_counted_and_tried_again_later_each_time(ca
     now[0] += 9
   # At once, after 10 s, after a minute and after five of them; step 20 and 30 were due anyway.
   assert tried == [(10, 0.0), (11, 9.0), (14, 36.0), (20, 90.0), (30, 180.0)]
-  assert saved.failures == 5 and saved.latest_step() is None
+  assert saved.failures == 5 and saved.whole is None
   said = [line for line in capsys.readouterr().err.splitlines() if "NO CHECKPOINT" in line]
   assert len(said) == 5 and "the 31 steps since 0 are lost. Failures in a row: 5." in said[-1]
   counted = [values["checkpoint_failures"] for _, _, values in writer.lines if "checkpoint_failures" in values]
@@ -186,7 +184,7 @@ def test_the_last_save_is_tried_several_times_and_then_says_what_is_lost(monkeyp
   assert saved.failures == 4 and now[0] == 1 + 4 + 15
   saved.full = False
   save.last(21, State)
-  assert saved.latest_step() == 21
+  assert saved.whole == 21
 
 
 def test_slow_data_is_told_once_in_a_while_with_the_share_that_is_lost(capsys):

@@ -50,6 +50,8 @@ sys.exit(75)
 def test_one_process_does_what_it_wishes_and_asks_no_device():
   votes = stopping.Votes(meshes.create(configs.resolve(tiny(mesh={"data": 1})), jax.devices()[:1]))
   with jax.transfer_guard("disallow"):
-    assert votes.cast(stop=False, save=False) == set()
-    assert votes.cast(stop=False, save=True) == {"save"}
-    assert votes.cast(stop=True, save=True) == {"stop", "save"}
+    assert votes.cast(stop=False, save=False, busy=False) == set()
+    for _ in range(2):
+      assert votes.cast(stop=False, save=True, busy=False) == {"save"}
+    assert votes.cast(stop=True, save=True, busy=False) == {"stop", "save"}
+    assert votes.cast(stop=True, save=True, busy=True) == {"stop"}

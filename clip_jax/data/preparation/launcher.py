@@ -11,8 +11,8 @@ from clip_jax import errors
 from clip_jax.data import locations
 from clip_jax.data.preparation import manifest, pipeline, reading, writing
 from clip_jax.data.preparation.settings import Settings
-from clip_jax.data.progress import tell
-from clip_jax.errors import MissingExtraError, UsageError
+from clip_jax.errors import MissingExtraError, UsageError, redact
+from clip_jax.files import tell
 
 INFO = "dataset_info.json"
 # What comes out may depend on them.
@@ -73,7 +73,7 @@ def convert(pattern, out, settings=None, beam_options=(), log=None):
     raise UsageError(f"No record is left; dropped: {_listed(counts) or 'none, there was none'}.")
   log(f"{counts['output']['records']:,} of {counts['input']['records']:,} records are kept; dropped: {_listed(counts)}")
   with stage(f"3/3 writing {counts['shards']:,} shards", "work/shards/*.json") as graph:
-    pipeline.write(graph, counts["shards"], layout.out, settings)
+    pipeline.write(graph, counts["shards"], layout.out, settings, pattern)
   return _finish(layout, pattern, settings, counts)
 
 
@@ -106,7 +106,9 @@ def _begin(layout, pattern, settings):
   for one in settings.exclude:
     units += reading.units(one, options, exclude=True, first=len(units))
   given = {"pattern": pattern} | dataclasses.asdict(settings)
-  now = json.loads(json.dumps({"settings": given, "units": units, "stamp": reading.stamp(units, options)}))
+  # The digest is of all as it was given; what people read, and copy elsewhere, opens no bucket.
+  digest = locations.cache_key(json.dumps([given, units]), reading.stamp(units, options))
+  now = _shown({"settings": given, "units": units, "digest": digest})
   if not layout.has("work/input.json"):
     if layout.names("**/*" if not locations.is_remote(layout.out) else "*"):
       raise UsageError(f"{layout.out} holds something already; choose a folder that is empty or not there.")
@@ -120,8 +122,17 @@ def _begin(layout, pattern, settings):
         "Go on with the same settings, or choose another folder."
       )
   if before != now:
-    raise UsageError(f"{layout.out} was begun with other input: files of {pattern} or of exclude have changed.")
+    raise UsageError(f"{layout.out} was begun with other input: files of {pattern} or of exclude, or what signs them, have changed.")
   return units
+
+
+def _shown(value):
+  # As JSON has it, without secrets.
+  if isinstance(value, dict):
+    return {name: _shown(one) for name, one in value.items()}
+  if isinstance(value, list | tuple):
+    return [_shown(one) for one in value]
+  return redact(value) if isinstance(value, str) else value
 
 
 def _finish(layout, pattern, settings, counts):
@@ -134,11 +145,11 @@ def _finish(layout, pattern, settings, counts):
     "records": sum(shard["records"] for shard in shards),
     "bytes": sum(shard["bytes"] for shard in shards),
     "record": writing.SCHEMAS[settings.format],
-    "input": {"path": pattern, "records": counts["input"]["records"]},
+    "input": {"path": redact(pattern), "records": counts["input"]["records"]},
     "dropped": {name: count for name, count in counts["dropped"].items() if count},
     "untagged": counts.get("untagged", {}),
     "excluded_images": counts.get("exclude", {}),
-    "settings": kept,
+    "settings": _shown(kept),
     "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     "shards": shards,
   }

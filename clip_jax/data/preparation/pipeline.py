@@ -73,7 +73,7 @@ def decide(pipeline, places, out, settings):
   )
 
 
-def write(pipeline, total, out, settings):
+def write(pipeline, total, out, settings, pattern):
   """Adds the steps that write the shards.
 
   Args:
@@ -81,6 +81,7 @@ def write(pipeline, total, out, settings):
     total: how many there are.
     out: the output folder.
     settings: `Settings`.
+    pattern: what is read.
   """
   import apache_beam as beam
 
@@ -90,5 +91,5 @@ def write(pipeline, total, out, settings):
     pipeline
     | "shards" >> beam.Create(range(total))
     | "spread shards" >> beam.Reshuffle()
-    | "write" >> beam.Map(functools.partial(writing.write_shard, total=total, out=out, settings=settings))
+    | "write" >> beam.Map(functools.partial(writing.write_shard, total=total, out=out, settings=settings, pattern=pattern))
   )

@@ -11,7 +11,7 @@ from clip_jax.data.locations import cache_key, is_remote
 from clip_jax.data.sources import tar, tar_index
 from clip_jax.data.sources.folder import ENDINGS, METADATA
 from clip_jax.data.sources.protocol import RandomAccess, Record
-from clip_jax.errors import DataError
+from clip_jax.errors import DataError, redact
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 FILES = "images"  # the format of image files without records
@@ -84,11 +84,11 @@ class ImageFiles(RandomAccess):
   def fetch(self, indices):
     """The records at some indices; in the place of one that cannot be read, a `DataError`."""
     contents = self._storage.read_many([(self._paths[i], 0, None) for i in indices])
-    return [c if isinstance(c, DataError) else Record(c, [], self._paths[i]) for i, c in zip(indices, contents, strict=True)]
+    return [c if isinstance(c, DataError) else Record(c, [], self.key(i)) for i, c in zip(indices, contents, strict=True)]
 
   def key(self, index):
     """The path."""
-    return self._paths[index]
+    return redact(self._paths[index])
 
 
 def units(pattern, options, exclude=False, first=0):

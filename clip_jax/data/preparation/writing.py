@@ -96,12 +96,13 @@ class TarFile:
 class Kept:
   """Reads records by their places in the plan."""
 
-  def __init__(self, layout, settings):
+  def __init__(self, layout, settings, pattern):
     """Opens the source.
 
     Args:
       layout: the `Layout` of the output.
       settings: `Settings`.
+      pattern: what is read; the files of the layout hold no secret that may be in it.
     """
     self._layout, self._settings = layout, settings
     given = layout.read_json("work/input.json")
@@ -115,7 +116,7 @@ class Kept:
       begins = [0, *self._shards.ends[:-1].tolist()]
       self._begins = {first: begin for (first, _), begin in zip(places, begins, strict=True)}
     else:
-      self._source = sources.create(*sources.format_of(given["settings"]["pattern"]), options)
+      self._source = sources.create(*sources.format_of(pattern), options)
       lengths = dict.fromkeys((unit[0] for unit in given["units"]), 0)
       for first, stop in places:
         lengths[reading.locate(first)[0]] += stop - first
@@ -159,8 +160,8 @@ def _captions(out, name):
 
 
 @functools.lru_cache(maxsize=2)
-def _open(out, settings):
-  return Kept(manifest.Layout(out), settings)
+def _open(out, settings, pattern):
+  return Kept(manifest.Layout(out), settings, pattern)
 
 
 def forget():
@@ -185,7 +186,7 @@ def plan(rows, settings):
   return found[np.lexsort((found["id"], hashes.order(found["leader"], settings.seed)))]
 
 
-def write_shard(number, total, out, settings):
+def write_shard(number, total, out, settings, pattern):
   """Writes a shard, unless it is there, and then what is in it to `OUT/work`.
 
   Args:
@@ -193,6 +194,7 @@ def write_shard(number, total, out, settings):
     total: how many there are.
     out: the output folder.
     settings: `Settings`.
+    pattern: what is read.
 
   Raises:
     DataError: a record cannot be read any more.
@@ -202,7 +204,7 @@ def write_shard(number, total, out, settings):
   about = f"work/shards/{number:05}.json"
   if layout.has(about):
     return
-  kept = _open(out, settings)
+  kept = _open(out, settings, pattern)
   rows = manifest.from_bytes(layout.read(f"work/plan/{number:05}.npy"))
   begins = np.append(np.flatnonzero(rows["id"] == rows["leader"]), len(rows))
   name = shard_name(settings, number, total)

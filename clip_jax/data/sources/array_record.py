@@ -1,10 +1,10 @@
 """ArrayRecord files whose records are `tf.train.Example`s, as TensorFlow Datasets and most of the field write them."""
 
-import os
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from clip_jax.data.locations import file_name
 from clip_jax.data.sources import opening, riegeli
 from clip_jax.data.sources.protocol import Options, RandomAccess, Record, captions_of
 from clip_jax.data.sources.recent import Recent
@@ -90,7 +90,7 @@ class Shards:
   def key(self, index):
     """Names a record in messages."""
     shard, number = self._locate(index)
-    return f"{os.path.basename(self.paths[shard])}/{number}"
+    return f"{file_name(self.paths[shard])}/{number}"
 
   def read(self, indices):
     """Reads records.
@@ -124,7 +124,7 @@ class Shards:
           raise content
         results.append((riegeli.decode(content, begin), end - begin))
       except DataError as error:
-        results.append((DataError(f"{os.path.basename(path)} at byte {begin:,}: {error}"), 0))
+        results.append((DataError(f"{file_name(path)} at byte {begin:,}: {error}"), 0))
     return results
 
   def _row(self, records, row):

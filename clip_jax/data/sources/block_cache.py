@@ -8,9 +8,9 @@ import collections
 import concurrent.futures
 import threading
 
-from clip_jax.data.progress import tell
 from clip_jax.data.sources.protocol import RandomAccess
 from clip_jax.errors import DataError
+from clip_jax.files import tell
 
 
 class BlockCache(RandomAccess):

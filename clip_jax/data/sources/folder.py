@@ -18,7 +18,7 @@ from clip_jax.data import locations
 from clip_jax.data.sources import opening
 from clip_jax.data.sources.parquet import is_text
 from clip_jax.data.sources.protocol import Options, RandomAccess, Record, captions_of
-from clip_jax.errors import DataError
+from clip_jax.errors import DataError, redact
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -87,7 +87,7 @@ class FolderSource(RandomAccess):
   def key(self, index):
     """The list, and the path in it."""
     self.check_index(index)
-    return f"{os.path.basename(self._path)}/{self._files[index].as_py() or f'row {index}'}"
+    return f"{locations.file_name(self._path)}/{redact(self._files[index].as_py() or f'row {index}')}"
 
   def _about(self, index):
     # The record with the path of its image in the place of the image, or a DataError.

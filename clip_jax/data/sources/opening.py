@@ -6,8 +6,8 @@ import time
 import numpy as np
 
 from clip_jax.data.locations import cache_folder, cache_key
-from clip_jax.data.progress import tell
 from clip_jax.errors import DataError, did_you_mean
+from clip_jax.files import tell
 
 # What columns and features are called; the first that is there is read.
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image/encoded")

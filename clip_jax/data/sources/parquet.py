@@ -5,12 +5,12 @@ the records of one call that lie in the same group are taken from one read.
 """
 
 import concurrent.futures
-import os
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clip_jax.data.locations import file_name
 from clip_jax.data.sources import opening
 from clip_jax.data.sources.protocol import Options, RandomAccess, Record, captions_of
 from clip_jax.data.sources.recent import Recent
@@ -85,7 +85,7 @@ class ParquetSource(RandomAccess):
     group, row = self._locate(index)
     path, first = self._file(group)
     before = (int(self._ends[group - 1]) if group else 0) - (int(self._ends[first - 1]) if first else 0)
-    return f"{os.path.basename(path)}/{before + row}"
+    return f"{file_name(path)}/{before + row}"
 
   def _locate(self, index):
     self.check_index(index)

@@ -7,9 +7,9 @@ import numpy as np
 
 from clip_jax.data import images
 from clip_jax.data.locations import cache_folder, cache_key
-from clip_jax.data.progress import tell
 from clip_jax.data.sources.protocol import RandomAccess
 from clip_jax.errors import DataError
+from clip_jax.files import tell
 
 CHUNK = 1 << 20  # rows looked at together
 

@@ -6,10 +6,10 @@ A record is a run of members that share a name up to its first dot: an image (`.
 
 import contextlib
 import json
-from pathlib import PurePosixPath
 
 import numpy as np
 
+from clip_jax.data.locations import file_name
 from clip_jax.data.sources.protocol import Options, RandomAccess, Record, captions_of
 from clip_jax.data.sources.tar_index import CAPTIONS, IMAGES, MOST, SUFFIX, Index, is_caption
 from clip_jax.data.sources.tar_members import BLOCK, Damaged, members
@@ -63,7 +63,7 @@ class TarSource(RandomAccess):
   def key(self, index):
     """The shard and the byte of a record, for messages about one that cannot be read."""
     path, begin, _ = self._locate(index)
-    return f"{PurePosixPath(path).name} at byte {begin:,}"
+    return f"{file_name(path)} at byte {begin:,}"
 
   def _locate(self, index):
     self.check_index(index)
@@ -122,7 +122,7 @@ class TarSource(RandomAccess):
     image = next((parts[kind] for kind in IMAGES if kind in parts), None)
     if changed or image is None:
       raise DataError(f"{path}: no record of {len(raw):,} bytes at byte {begin:,}; it has changed since it was indexed.")
-    key = f"{PurePosixPath(path).name}/{image.name}"
+    key = f"{file_name(path)}/{image.name}"
     if image.name.startswith("/") or ".." in image.name.split("/"):
       raise DataError(f"{key}: a name that leads out of the archive; such records are not read.")
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from clip_jax.data import images
 from clip_jax.data.locations import cache_folder, cache_key, is_remote
-from clip_jax.data.progress import tell
 from clip_jax.data.sources.protocol import MAX_CAPTION
 from clip_jax.data.sources.tar_members import BLOCK, Damaged, members
 from clip_jax.data.storage import Storage
 from clip_jax.errors import DataError, StorageError
+from clip_jax.files import tell
 
 VERSION = 2
 SUFFIX = ".index.npz"
