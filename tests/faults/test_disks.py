@@ -99,7 +99,7 @@ def test_a_newest_checkpoint_with_one_wrong_bit_is_set_aside_and_the_one_before_
   wait_for_step(process, workdir, 16)
   process.send_signal(signal.SIGKILL)
   process.communicate()
-  steps = sorted((int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()))
+  steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
   newest = workdir / f"checkpoints/{steps[-1]}"
   largest = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
   content = bytearray(largest.read_bytes())

@@ -59,8 +59,7 @@ def test_killed_at_any_moment_and_in_the_middle_of_saves_the_run_ends_bit_identi
       wait_for_step(process, workdir, min(seen + moments.randint(2, 8), 39))
       time.sleep(moments.random() * 0.05)
     else:
-      half = workdir / "checkpoints"
-      wait_until(process, lambda: list(half.glob("*.orbax-checkpoint-tmp*")), "a save")
+      wait_until(process, lambda: list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")), "a save")
     kill(process)
   finish(start(workdir))
   assert_nothing_happened(workdir, undisturbed, tmp_path)

@@ -8,7 +8,15 @@ import pytest
 
 from clip_jax.data import order, sources
 from tests.conftest import write_colors
-from tests.end_to_end.runs import all_lines, assert_same_run, exported, finish, starter, training_lines, wait_for_step
+from tests.end_to_end.runs import (
+  all_lines,
+  assert_same_run,
+  exported,
+  finish,
+  starter,
+  training_lines,
+  wait_for_step,
+)
 
 COPIES = 24  # of eight colours: an epoch has twelve batches, and there are three and a third
 FIRST = 8  # the step that has the poison for the first time
