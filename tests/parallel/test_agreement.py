@@ -19,6 +19,10 @@ from clip_jax.parallel import agreement, distributed
 distributed.initialize()
 me = jax.process_index()
 print([agreement.everyone(mine) for mine in (True, me == 1, False)])
+def find():
+  assert me == 0
+  return {"steps": [3, 5], "losses": [0.1, float("nan")]}
+print(agreement.of_first(find))
 agreement.require_same({"the version of jax": "1", "é": [1, {"a": None}]})
 for facts in ({"same": 1, "config.train.seed": me}, {"same": 1} | ({"more": "x" * 5000} if me else {})):
   try:
@@ -44,7 +48,8 @@ def test_processes_compare_what_they_hold_to_be_true_and_all_are_told_the_differ
   assert [process.returncode for process in processes] == [0, 0], ends
   said = [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in ends]
   assert said[0] == said[1]
-  votes, seed, more = said[0]
+  votes, found, seed, more = said[0]
+  assert found == "{'steps': [3, 5], 'losses': [0.1, nan]}"
   assert votes == "[True, False, False]"
   assert "config.train.seed is 0 on process 0, and 1 on process 1 of 2" in seed
   assert more.startswith("The processes of this run do not agree: more is None on process 0, and 'xxx")
@@ -53,4 +58,5 @@ def test_processes_compare_what_they_hold_to_be_true_and_all_are_told_the_differ
 @pytest.mark.parametrize("mine", [True, False, np.bool_(True)])
 def test_one_process_agrees_with_itself(mine):
   assert agreement.everyone(mine) is bool(mine)
+  assert agreement.of_first(lambda: mine) is mine
   agreement.require_same({"anything": object()})
