@@ -211,3 +211,20 @@ def test_other_records_of_the_same_number_are_refused(start, undisturbed, tmp_pa
   _, err = finish(start(workdir, f"--config.data.path={data}"), code=2)
   assert "has other records than those that the run in" in err and "Traceback" not in err
   assert exported(workdir, tmp_path / "exported")
+
+
+def test_a_process_that_is_killed_while_it_indexes_is_told_with_the_shard(tmp_path):
+  """As the system does when memory runs out: not a hang, and not a page of errors."""
+  for i in range(400):
+    write_colors(tmp_path / f"{i:03}.tar", copies=1)
+  command = [sys.executable, "-m", "clip_jax.cli", "data", "index", f"{tmp_path}/*.tar", "--processes=2"]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "CLIP_JAX_CACHE": str(tmp_path / "cache")})
+  deadline = time.monotonic() + 60
+  while time.monotonic() < deadline and not list(tmp_path.glob("*.index.npz")):
+    time.sleep(0.01)
+  children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+  workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+  os.kill(int(workers[0]), signal.SIGKILL)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 1 and "Traceback" not in err
+  assert re.search(r"A process that reads shards was killed, .* while it read \S+/\d\d\d.tar or one of those after it.", err), err

@@ -6,6 +6,7 @@ in one file of the cache that is mapped into memory: opening it does not depend 
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import io
 import json
 import multiprocessing
@@ -62,6 +63,7 @@ class Index:
 
     Raises:
       DataError: a shard is cut off, or is no tar archive.
+      StorageError: a store does not answer, or a process that reads shards was killed.
     """
     self._storage = storage or Storage()
     self._allow_truncated, self._rebuild, self._beside = allow_truncated, rebuild, beside
@@ -89,7 +91,13 @@ class Index:
       waiting.reverse()
       try:
         for number in range(1, len(paths) + 1):
-          table, new = waiting.pop().result()
+          try:
+            table, new = waiting.pop().result()
+          except concurrent.futures.process.BrokenProcessPool as error:
+            raise StorageError(
+              f"A process that reads shards was killed, as the system does when memory runs out, while it read {paths[number - 1]} or one of "
+              "those after it. What is indexed is kept; try again with fewer processes."
+            ) from error
           built += new
           if new and (built % 100 == 0 or number == len(paths) > 20):
             self._log(f"index: {number:,} of {len(paths):,} shards")
