@@ -60,6 +60,28 @@ def test_how_a_step_is_computed_may_change_between_starts(colors, tmp_path):
   assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+def test_an_evaluation_that_was_cut_off_is_made_after_the_next_start(colors, tmp_path):
+  """A step is saved before it is evaluated: as if the process had been killed in between."""
+  evaluation = {"batch_size": 16, "every": 2, "retrieval": {"colors": {"path": colors, "source": "tar"}}}
+  config = tiny(data={"source": "tar", "path": colors}, train={"steps": 4}, eval=evaluation, checkpoint={"every": 2})
+  train.run(config, tmp_path)
+  path = tmp_path / "metrics.jsonl"
+  whole = [json.loads(line) for line in path.read_text().splitlines()]
+  scores = {line["step"]: {k: v for k, v in line.items() if k.startswith("eval/")} for line in whole if "eval/colors/image_to_text_R@1" in line}
+  assert sorted(scores) == [2, 4]
+  for last in (2, 4):
+    kept = [line for line in whole if line["step"] < last or (line["step"] == last and "loss" in line)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    if last == 2:
+      shutil.rmtree(tmp_path / "checkpoints/4")
+    assert train.run(config, tmp_path).started == last
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in again if "loss" in line] == [1, 2, 3, 4]
+    assert {line["step"]: {k: v for k, v in line.items() if k.startswith("eval/")} for line in again if "loss" not in line} == scores
+  before = path.read_bytes()
+  assert train.run(config, tmp_path).started == 4 and path.read_bytes() == before
+
+
 def traced(workdir):
   """Of each trace of a run, oldest first, the numbers of its steps, and how often its steps waited for data."""
   found = []
