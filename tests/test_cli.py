@@ -1,6 +1,7 @@
 """The `clip-jax` command in real processes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +9,17 @@ from pathlib import Path
 import pytest
 
 from clip_jax.convert import sources
-from tests.conftest import tiny
+from tests.conftest import COMPILED, tiny
 from tests.convert import models
 from tests.data import buckets
 
 CLI = [sys.executable, "-m", "clip_jax.cli"]
+# These processes compile the same small programs every time, too.
+CACHE = {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 
 def run(*arguments, code=0, cwd=None):
-  done = subprocess.run([*CLI, *arguments], text=True, capture_output=True, cwd=cwd, check=False)
+  done = subprocess.run([*CLI, *arguments], text=True, capture_output=True, cwd=cwd, env={**os.environ, **CACHE}, check=False)
   assert done.returncode == code, done.stderr
   return done
 

@@ -1,5 +1,7 @@
 """Dense float64 NumPy references of the losses, written from the equations, and what the tests of losses share."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -73,6 +75,17 @@ def loss_of(name, mesh, **settings):
   return global_batch.create(configs.Loss(name=name, **settings), mesh)
 
 
+@functools.cache
+def program(name, mesh, **settings):
+  """A loss and its gradients, jitted once for all who ask for the same settings."""
+  loss = loss_of(name, mesh, **settings)
+
+  def call(image, text, scale, bias, weights, keys):
+    return loss(image, text, scale, bias, weights=weights, keys=keys)
+
+  return jax.jit(jax.value_and_grad(call, (0, 1, 2, 3)))
+
+
 def assert_equal_to_reference(
   name, mesh, image, text, scale, bias=0.0, tolerance=1e-5, smoothing=0.0, weights=None, keys=None, **settings
 ):
@@ -83,11 +96,8 @@ def assert_equal_to_reference(
   computed a second time, as the backward pass does, and the gradient of an embedding is a share times the scale and the
   pair's part of all weights.
   """
-  loss = loss_of(name, mesh, label_smoothing=smoothing, **settings)
-  call = jax.value_and_grad(
-    lambda image, text, scale, bias: loss(image, text, scale, bias, weights=weights, keys=keys), (0, 1, 2, 3)
-  )
-  value, gradients = jax.jit(call)(image, text, np.float32(scale), np.float32(bias))
+  call = program(name, mesh, label_smoothing=smoothing, **settings)
+  value, gradients = call(image, text, np.float32(scale), np.float32(bias), weights, keys)
   image, text = (np.asarray(x, np.float64) for x in (image, text))
   want, want_gradients = DENSE[name](
     image, text, np.float32(scale), np.float32(bias), smoothing=smoothing, weights=weights, keys=keys

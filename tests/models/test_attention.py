@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
@@ -45,14 +45,21 @@ def arrays(batch, length, width, dtype=jnp.float32, seed=0):
   return [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
 
 
+@functools.partial(jax.jit, static_argnums=0)  # one program; operation by operation there would be dozens
 def value_and_gradients(attend, qkv, bias, gradient):
   mixed, back = jax.vjp(attend, qkv, bias)
   return mixed, *back(gradient)
 
 
-@settings(max_examples=15, deadline=None)
+# Each shape is another program, of every row and head in turn: few are drawn, and what must not be missed is written down.
+# As many rows at a time as there may be, heads of each size, one row of a prime number, a single token, and lengths that fill registers.
+@settings(max_examples=4, deadline=None)
+@example(batch=8, length=16, size=64, groups=1, causal=True, seed=0)
+@example(batch=9, length=50, size=32, groups=2, causal=False, seed=1)
+@example(batch=2, length=37, size=80, groups=1, causal=True, seed=2)
+@example(batch=1, length=1, size=128, groups=2, causal=False, seed=3)
 @given(
-  batch=st.integers(1, 9),
+  batch=st.integers(1, 4),
   length=st.integers(1, 60),
   size=st.sampled_from([32, 64, 80, 128]),
   groups=st.integers(1, 2),
@@ -138,7 +145,7 @@ def test_what_cudnn_does_not_take_is_left_to_xla():
 def test_on_a_mesh_it_is_what_it_is_on_one_device(shape):
   qkv, bias, gradient = arrays(8, 13, 128)
   attend = attention.create("pallas", mesh_of(*shape))
-  got = jax.jit(lambda *x: value_and_gradients(lambda qkv, bias: attend(qkv, bias, 2, True), *x))(qkv, bias, gradient)
+  got = value_and_gradients(lambda qkv, bias: attend(qkv, bias, 2, True), qkv, bias, gradient)
   for x, want in zip(got, reference(qkv, bias, 2, True, gradient), strict=True):
     np.testing.assert_allclose(x, want, atol=3e-5 * np.abs(want).max())
 
@@ -157,9 +164,10 @@ def test_it_compiles_for_every_tpu_and_keeps_no_scores(topology, length, heads, 
   if not attention.fits(length, width, heads, device.device_kind):
     assert topology.startswith("v4") and size > 80  # its fast memory is the smallest
     with pytest.raises(compiler.OutOfMemoryError):
-      compiler.compile(step, *inputs)
+      compiler.compile(step, *inputs, fresh=True)
     return
-  report = compiler.report(compiler.compile(step, *inputs))
+  # JAX cannot read back from its cache what was compiled for chips that are not there.
+  report = compiler.report(compiler.compile(step, *inputs, fresh=True))
   scores = 4 * batch * heads * length**2
   assert report.temporary_bytes < 4 * 2 * batch * -(-length // 16) * 16 * 3 * width
   assert length < 577 or report.temporary_bytes < scores / 2

@@ -105,7 +105,7 @@ def test_towers_equal_the_float64_reference(activation, dtype, tolerance):
   config = model_config(activation=activation, compute_dtype=dtype)
   module, params = random_params(config)
   images, tokens = inputs(config)
-  image, text, scale = module.apply({"params": params}, images, tokens)
+  image, text, scale = jax.jit(module.apply)({"params": params}, images, tokens)
   reference = Reference(config, params)
   assert image.dtype == text.dtype == jnp.float32
   np.testing.assert_allclose(image, [reference.image(x) for x in images], atol=tolerance)
@@ -120,7 +120,8 @@ def test_text_after_the_end_token_does_not_matter():
   changed = tokens.copy()
   for row in changed:
     row[np.argmax(row) + 1 :] = 7
-  encode = lambda t: module.apply({"params": params}, t, method="encode_text")  # noqa: E731
+  run = jax.jit(lambda params, t: module.apply({"params": params}, t, method="encode_text"))
+  encode = lambda t: np.asarray(run(params, t))  # noqa: E731
   np.testing.assert_allclose(encode(tokens), encode(changed), atol=1e-6)
   changed[:, 1] += 1
   assert np.abs(encode(tokens) - encode(changed)).max() > 1e-3
@@ -136,7 +137,7 @@ def test_gradients_reach_every_parameter_but_unused_words():
     logits = scale * image @ text.T
     return -jnp.mean(jnp.diag(jax.nn.log_softmax(logits)))
 
-  gradients = jax.grad(loss)(params)
+  gradients = jax.jit(jax.grad(loss))(params)
   for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
     assert np.abs(gradient).max() > 0, path
   used = np.zeros(config.text.vocab_size, bool)
@@ -147,7 +148,7 @@ def test_gradients_reach_every_parameter_but_unused_words():
 def test_initial_values_are_the_papers():
   config = model_config(vision={"patch_size": 8, "width": 256, "layers": 2, "heads": 4}, image_size=32)
   images, tokens = inputs(config)
-  params = nn.unbox(CLIP(config).init(jax.random.key(0), images, tokens)["params"])
+  params = nn.unbox(jax.jit(CLIP(config).init)(jax.random.key(0), images, tokens)["params"])
   np.testing.assert_allclose(params["logit_scale"], math.log(1 / 0.07), rtol=1e-6)
   block = params["image"]["transformer"]["block_1"]
   expected = {

@@ -1,5 +1,7 @@
 """Training on a part of each example: dropped patches and shortened captions, and none of it at inference."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -30,7 +32,8 @@ def test_pixels_of_dropped_patches_do_not_matter_and_the_others_do(dropping):
   config, module, params = dropping
   images, _ = inputs(config, rows=2)
   keys = keys_of(2)
-  encode = lambda x: np.asarray(module.apply({"params": params}, x, keys=keys, method="encode_image"))  # noqa: E731
+  run = jax.jit(lambda params, x: module.apply({"params": params}, x, keys=keys, method="encode_image"))
+  encode = lambda x: np.asarray(run(params, x))  # noqa: E731
   before = encode(images)
   seen = np.asarray(vit.random_patches(keys, PATCHES, 4))
   assert [len(set(row)) for row in seen] == [4, 4]
@@ -55,8 +58,11 @@ def test_without_keys_examples_are_seen_whole(dropping):
   config, module, params = dropping
   images, tokens = inputs(config)
   whole = model_config(vision={**tiny()["model"]["vision"], "patch_size": 4})
-  want = type(module)(whole).apply({"params": params}, images, tokens)
-  np.testing.assert_array_equal(module.apply({"params": params}, images, tokens)[0], want[0])
+  want = jax.jit(type(module)(whole).apply)({"params": params}, images, tokens)
+  np.testing.assert_array_equal(jax.jit(module.apply)({"params": params}, images, tokens)[0], want[0])
+
+
+shorten = jax.jit(texts.shorten, static_argnums=(2, 3))  # one program for each length and reduction
 
 
 def caption(words, context):
@@ -67,14 +73,14 @@ def caption(words, context):
 
 @settings(max_examples=60, deadline=None)
 @given(
-  words=st.lists(st.lists(st.integers(1, 49_000), max_size=14, unique=True), min_size=1, max_size=3),
-  length=st.integers(3, 16),
+  words=st.lists(st.lists(st.integers(1, 49_000), max_size=14, unique=True), min_size=3, max_size=3),
+  length=st.sampled_from([3, 4, 7, 15, 16]),
   reduction=st.sampled_from(["truncate", "random", "block"]),
   seed=st.integers(0, 2**31),
 )
 def test_a_shortened_caption_is_a_part_of_it_in_order_between_start_and_end(words, length, reduction, seed):
   tokens = np.stack([caption(w, 16) for w in words])
-  short = np.asarray(texts.shorten(tokens, keys_of(len(words), seed), length, reduction))
+  short = np.asarray(shorten(tokens, keys_of(len(words), seed), length, reduction))
   assert short.shape == (len(words), length) and short.dtype == np.int32
   for row, given_words in zip(short, words, strict=True):
     kept = min(len(given_words), length - 2)
@@ -91,7 +97,7 @@ def test_a_shortened_caption_is_a_part_of_it_in_order_between_start_and_end(word
 def test_every_part_that_may_be_kept_is_kept_as_often(reduction, parts):
   tokens = np.repeat(caption([1, 2, 3, 4, 5, 6], 10)[None], 3000, axis=0)
   length = {"truncate": 4, "block": 4, "random": 6}[reduction]  # 2 of 6, and 4 of 6 in 15 ways
-  short = np.asarray(texts.shorten(tokens, keys_of(3000), length, reduction))
+  short = np.asarray(shorten(tokens, keys_of(3000), length, reduction))
   counts = np.unique(short, axis=0, return_counts=True)[1]
   assert len(counts) == parts
   share = 1 / parts
@@ -102,10 +108,11 @@ def test_the_tower_sees_the_short_caption_at_the_first_positions():
   config = model_config(text={**tiny()["model"]["text"], "train_length": 5})
   module, params = random_params(config)
   _, tokens = inputs(config, rows=4, seed=3)
-  got = module.apply({"params": params}, tokens, keys=keys_of(4), method="encode_text")
-  short = np.asarray(texts.shorten(tokens, keys_of(4), 5, "truncate"))
+  encode = jax.jit(functools.partial(module.apply, method="encode_text"))
+  got = encode({"params": params}, tokens, keys=keys_of(4))
+  short = np.asarray(shorten(tokens, keys_of(4), 5, "truncate"))
   padded = np.pad(short, ((0, 0), (0, config.text.context_length - 5)))
-  np.testing.assert_allclose(got, module.apply({"params": params}, padded, method="encode_text"), atol=2e-6)
+  np.testing.assert_allclose(got, encode({"params": params}, padded), atol=2e-6)
 
 
 def test_positions_are_resized_as_a_picture_is():

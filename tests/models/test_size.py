@@ -118,17 +118,17 @@ def test_sizes_are_those_of_the_model(kind):
 
 VIT = dict(
   image_size=64, embed_dim=64,
-  vision=dict(patch_size=8, width=128, layers=3, heads=4), text=dict(context_length=32, width=96, layers=2, heads=4),
+  vision=dict(patch_size=8, width=128, layers=2, heads=4), text=dict(context_length=32, width=96, layers=1, heads=4),
 )  # fmt: skip
 SIGLIP = dict(
   image_size=64, embed_dim=128, logit_bias_init=-10.0,
-  vision=dict(kind="siglip", patch_size=8, width=128, layers=3, heads=4, mlp_width=300),
-  text=dict(kind="siglip", context_length=16, width=96, layers=2, heads=2),
+  vision=dict(kind="siglip", patch_size=8, width=128, layers=2, heads=4, mlp_width=300),
+  text=dict(kind="siglip", context_length=16, width=96, layers=1, heads=2),
 )  # fmt: skip
 RESNET = {**VIT, "vision": dict(kind="resnet", stages=(1, 2, 1, 1), width=32, heads=8)}
 FEWER = {**VIT, "vision": {**VIT["vision"], "patch_drop": 0.5}, "text": {**VIT["text"], "train_length": 16}}
 SIGMOID = dict(name="sigmoid", max_logit_scale=None)
-LOWER_HALF = "^image/(patch_kernel|class_embedding|pos_embed|norm_pre|transformer/block_[01]/)"
+LOWER_HALF = "^image/(patch_kernel|class_embedding|pos_embed|norm_pre|transformer/block_0/)"
 
 
 def compiled_and_written_out(batch=8, **sections):

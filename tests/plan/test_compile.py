@@ -36,14 +36,16 @@ def report(name, method, devices, batch, dtype="float32"):
   x = jax.ShapeDtypeStruct((batch, 512), jnp.float32, sharding=rows)
   s = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
   call = jax.value_and_grad(lambda image, text, scale: loss(image, text, scale, -10.0), (0, 1, 2))
-  return compiler.report(compiler.compile(jax.jit(call, out_shardings=(whole, (rows, rows, whole))), x, x, s))
+  # JAX cannot read back from its cache what was compiled for chips that are not there.
+  return compiler.report(compiler.compile(jax.jit(call, out_shardings=(whole, (rows, rows, whole))), x, x, s, fresh=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, products", [("softmax", 4), ("sigmoid", 3)])
-def test_the_ring_stays_small_and_needs_few_products(v5e, name, products):
+def test_the_ring_stays_small_and_needs_few_products(v5e, quickly, name, products):
   found = report(name, "ring", v5e, 32_768, "bfloat16")
-  assert found.temporary_bytes <= 32 * 2**20 and found.peak_bytes <= 128 * 2**20
+  # Less than all texts in float32 beside what a chip has of them: 64 MiB. Temporaries are tiles of 16 MiB.
+  assert 0 < found.temporary_bytes <= 48 * 2**20 and found.peak_bytes <= 72 * 2**20
   assert found.product_flops == products * 2 * 4096 * 32_768 * 512
   assert found.flops >= found.product_flops and found.unknown_loops == 0
   # The texts once a pass; with softmax two passes. Then the gradients, one more hop than there are shards.
@@ -53,7 +55,15 @@ def test_the_ring_stays_small_and_needs_few_products(v5e, name, products):
 
 
 @pytest.mark.slow
-def test_gather_gathers_columns_once_and_scatters_their_gradients(v5e):
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_the_ring_stays_small_where_the_compiler_makes_it_fast(v5e, name):
+  """A quarter of 32,768 pairs, which is compiled in a quarter of the time, in a quarter of what those may take on a chip: 32 and 128 MiB."""
+  found = report(name, "ring", v5e, 8192, "bfloat16")
+  assert found.temporary_bytes <= 8 * 2**20 and found.peak_bytes <= 32 * 2**20
+
+
+@pytest.mark.slow
+def test_gather_gathers_columns_once_and_scatters_their_gradients(v5e, quickly):
   found = report("softmax", "gather", v5e, 32_768, "bfloat16").collectives
   columns = 32_768 * 512
   assert columns * 2 <= found["all-gather"][1] < 1.1 * columns * 2
@@ -66,7 +76,7 @@ def test_the_rings_transfers_run_while_products_do(v5e):
   mesh = meshes.create(configs.resolve(tiny(train={"global_batch_size": 4096, "steps": 1}, eval={"batch_size": 8})), v5e)
   loss = global_batch.create(configs.Loss(method="ring", dtype="bfloat16", chunk=256), mesh)
   x = jax.ShapeDtypeStruct((4096, 512), jnp.float32, sharding=rules.batch_sharding(mesh))
-  text = jax.jit(jax.grad(lambda image, text: loss(image, text, 10.0), (0, 1))).lower(x, x).compile().as_text()
+  text = compiler.compile(jax.jit(jax.grad(lambda image, text: loss(image, text, 10.0), (0, 1))), x, x, fresh=True).as_text()
   assert "is_scheduled=true" in text  # the order of instructions is that of execution
   computations, _ = hlo.parse(text)
 
@@ -94,7 +104,7 @@ def test_a_million_pairs_on_256_chips():
 
 
 @pytest.mark.slow
-def test_a_step_with_micro_batches_compiles_and_gathers_only_embeddings(v5e):
+def test_a_step_with_micro_batches_compiles_and_gathers_only_embeddings(v5e, quickly):
   config = configs.resolve(tiny(train={"global_batch_size": 256, "steps": 1, "microbatches": 4}, eval={"batch_size": 8}))
   mesh = meshes.create(config, v5e)
   sharding = rules.batch_sharding(mesh)
@@ -102,16 +112,18 @@ def test_a_step_with_micro_batches_compiles_and_gathers_only_embeddings(v5e):
     "images": jax.ShapeDtypeStruct((256, 16, 16, 3), jnp.uint8, sharding=sharding),
     "tokens": jax.ShapeDtypeStruct((256, 12), jnp.int32, sharding=sharding),
   }
-  found = compiler.report(compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], batch))
+  found = compiler.report(compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], batch, fresh=True))
   assert 0 < found.argument_bytes < found.peak_bytes
   assert found.collectives.get("all-gather", [0, 0])[1] <= 256 * 16 * 4 * 2
 
 
 @pytest.mark.slow
-def test_a_step_of_vit_b_16_has_the_products_that_are_counted_for_mfu(quickly):
+def test_a_step_of_vit_b_16_with_fewer_layers_has_the_products_that_are_counted_for_mfu(quickly):
   # Attention as XLA has it: what the kernel for TPU multiplies does not stand in the text.
   train = {"global_batch_size": 64, "steps": 1, "attention": "xla"}
-  config = configs.resolve({**tiny(train=train), "model": {"name": "ViT-B-16", "compute_dtype": "bfloat16"}})
+  # The towers have another depth each, so that neither is counted for the other; a block takes the compiler as long as the first.
+  model = {"name": "ViT-B-16", "compute_dtype": "bfloat16", "vision": {"layers": 3}, "text": {"layers": 2}}
+  config = configs.resolve({**tiny(train=train), "model": model})
   devices = compiler.devices("v5e:2x2")
   mesh = meshes.create(config, devices)
   sharding = rules.batch_sharding(mesh)
@@ -119,7 +131,7 @@ def test_a_step_of_vit_b_16_has_the_products_that_are_counted_for_mfu(quickly):
     "images": jax.ShapeDtypeStruct((64, 224, 224, 3), jnp.uint8, sharding=sharding),
     "tokens": jax.ShapeDtypeStruct((64, 77), jnp.int32, sharding=sharding),
   }
-  found = compiler.report(compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], batch))
+  found = compiler.report(compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], batch, fresh=True))
   assert 64 * size.training_flops(config.model, 64) == pytest.approx(found.product_flops * len(devices), rel=1e-3)
 
 

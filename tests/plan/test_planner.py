@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import pytest
@@ -111,8 +112,35 @@ def recipe(tmp_path):
   return lambda *flags: recipes.load([f"--config={path}", *flags])
 
 
+@pytest.fixture(scope="module")
+def programs():
+  """What was compiled, or why it was not, by what it was made of."""
+  return {}
+
+
+@pytest.fixture
+def once(programs, monkeypatch):
+  """The compiler is asked once for a program that several tests need."""
+  compile = compiler.compile
+
+  def remembered(function, *arguments, fresh=False):
+    lowered = function.lower(*arguments)
+    device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
+    key = device.device_kind, jax.config.jax_optimization_level, lowered.as_text()
+    if key not in programs:
+      try:
+        programs[key] = compile(types.SimpleNamespace(lower=lambda *_: lowered), *arguments, fresh=fresh)
+      except compiler.OutOfMemoryError as error:
+        programs[key] = error.with_traceback(None)  # without the arrays and frames that it would keep
+    if isinstance(programs[key], compiler.OutOfMemoryError):
+      raise programs[key]
+    return programs[key]
+
+  monkeypatch.setattr(compiler, "compile", remembered)
+
+
 @pytest.mark.slow
-def test_a_small_config_fits_and_every_number_of_its_plan_agrees_with_the_others():
+def test_a_small_config_fits_and_every_number_of_its_plan_agrees_with_the_others(quickly):
   config, where = conftest.resolved("v5litepod-4")
   found, (compiled, mesh) = planner.plan(config, where, "tiny", price=1.2)
   check(found, price=1.2, batch=16)
@@ -125,7 +153,7 @@ def test_a_small_config_fits_and_every_number_of_its_plan_agrees_with_the_others
 
 
 @pytest.mark.slow
-def test_of_a_tpu7x_a_chip_is_two_devices():
+def test_of_a_tpu7x_a_chip_is_two_devices(quickly):
   config, where = conftest.resolved("tpu7x:1x1x1")
   found, (compiled, mesh) = planner.plan(config, where)
   check(found, price=None, batch=16)
@@ -139,7 +167,7 @@ def test_of_a_tpu7x_a_chip_is_two_devices():
 
 
 @pytest.mark.slow
-def test_slices_are_joined_by_a_network_that_takes_its_time():
+def test_slices_are_joined_by_a_network_that_takes_its_time(quickly):
   config, where = conftest.resolved("v5e:2x2", mesh={"dcn_data": 2})
   found, (_, mesh) = planner.plan(config, where, price=0.5)
   check(found, price=0.5, batch=16)
@@ -174,7 +202,7 @@ def test_a_machine_without_published_peaks_says_what_does_not_fit_and_cannot_say
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_says_by_how_much_and_its_first_advice_really_does(recipe, quickly):
+def test_what_does_not_fit_says_by_how_much_and_its_first_advice_really_does(recipe, quickly, once):
   where = planner.target("v5e:1x1")
   found, step = planner.plan(planner.resolved(recipe(), where), where, "wide")
   check(found, price=None, batch=BATCH)
@@ -187,7 +215,7 @@ def test_what_does_not_fit_says_by_how_much_and_its_first_advice_really_does(rec
   assert better["fits"] and better["method"] == "compiler"
 
 
-def test_what_is_missing_counts_the_state_once(quickly):
+def test_what_is_missing_counts_the_state_once(quickly, once):
   """A moving average of the parameters is one more array of each: so much more is missing, and not twice as much."""
   found = []
   for decay in (None, 0.999):
@@ -223,7 +251,7 @@ def test_a_refusal_is_read_whatever_its_unit():
 
 
 @pytest.mark.slow
-def test_a_search_finds_changes_with_which_it_fits(recipe, quickly):
+def test_a_search_finds_changes_with_which_it_fits(recipe, quickly, once):
   where, told = planner.target("v5e:1x1"), []
   found = planner.search(planner.resolved(recipe(), where), where, "wide", price=2.0, most=2, tell=told.append)
   check(found, price=2.0, batch=BATCH)
@@ -269,7 +297,7 @@ def test_every_candidate_is_another_config_that_can_be_laid_over_the_devices():
 
 
 @pytest.mark.slow
-def test_the_smallest_slice_is_one_on_which_it_fits_and_the_next_smaller_is_not(recipe, quickly):
+def test_the_smallest_slice_is_one_on_which_it_fits_and_the_next_smaller_is_not(recipe, quickly, once):
   told = []
   found = planner.smallest(recipe(), chips.of_topology("v5e:"), "wide", tell=told.append)
   check(found, price=None, batch=BATCH)
