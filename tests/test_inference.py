@@ -31,7 +31,8 @@ def workdir(tmp_path_factory):
   checkpoints = checkpoint.Checkpoints(path, config)
   for step in (2, 10):
     state = states.create(config, mesh)
-    state = state.replace(params={**state.params, "logit_scale": np.float32(np.log(step))})
+    scale = jax.device_put(np.float32(np.log(step)), state.params["logit_scale"].sharding)
+    state = state.replace(params={**state.params, "logit_scale": scale})
     checkpoints.save(step, state, records=1)
   checkpoints.close()
   return path

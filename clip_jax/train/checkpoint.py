@@ -101,7 +101,7 @@ class Checkpoints:
   def _finish(self, path):
     try:
       self._saver.wait_until_finished()
-      if not path.is_dir():
+      if jax.process_index() == 0 and not path.is_dir():
         raise OSError("it did not get its name")
     except Exception as error:
       self._failed(path, error)

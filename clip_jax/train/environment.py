@@ -58,11 +58,15 @@ def describe(devices=None):
   return found | {package: version(package) for package in PACKAGES}
 
 
-def code():
-  """A digest of this project's own source, as it lies on this machine."""
+def code(*rooms):
+  """A digest of this project's own source, as it lies on this machine.
+
+  Args:
+    *rooms: folders of it that count; all of it if none is given.
+  """
   root, found = pathlib.Path(clip_jax.__file__).parent, hashlib.sha256()
-  for path in sorted(root.rglob("*.py")):
-    found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+  for path in sorted(path for room in rooms or (".",) for path in (root / room).rglob("*.py")):
+    found.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
   return found.hexdigest()[:16]
 
 

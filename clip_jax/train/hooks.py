@@ -85,11 +85,11 @@ class Log:
     values |= self._measure(values["samples_per_second"])
     values["data_wait"] = min((waited - last_waited) / seconds, 1.0)
     self._mark = step, now, waited, beside
-    wrong = self._guard(step, values)
+    conclusion = self._guard(step, values)
     self._writer.write(step, step * batch, values)
     self._show(step, values)
-    if wrong is not None:
-      raise wrong
+    if conclusion is not None:
+      raise conclusion
 
 
 class SlowData:
@@ -142,11 +142,11 @@ class Evaluate:
       alive: called with what is evaluated now.
     """
     self._evaluators, self._log, self._writer, self._clock, self._alive = evaluators, log, writer, clock, alive
-    self._train, self._every, self._workdir = config.train, config.eval.every, workdir
+    self._config, self._train, self._workdir = config, config.train, workdir
 
   def due(self, step):
     """Whether a step is evaluated."""
-    return bool(self._evaluators and step) and (step == self._train.steps or bool(self._every) and step % self._every == 0)
+    return bool(self._evaluators) and evaluation_due(self._config, step)
 
   def __call__(self, step, state, metrics):
     """Evaluates if it is due."""
@@ -328,6 +328,11 @@ class Profile:
       f"\nprofile: steps {self._first:,} to {self._done:,} are traced. Look at them with `xprof {self._folder}` (pip install xprof), "
       f"or open {perfetto} in https://ui.perfetto.dev."
     )
+
+
+def evaluation_due(config, step):
+  """Whether a run that has something to evaluate does so at a step, of which there is none before the first update."""
+  return step > 0 and (step == config.train.steps or config.eval.every > 0 and step % config.eval.every == 0)
 
 
 def check_window(window, steps):

@@ -271,8 +271,7 @@ def evaluation_missing(workdir, config, step):
     config: a resolved `Config`.
     step: updates done.
   """
-  due = step and (step == config.train.steps or (config.eval.every and step % config.eval.every == 0))
-  if not due or not (config.eval.retrieval or config.eval.zero_shot):
+  if not (hooks.evaluation_due(config, step) and (config.eval.retrieval or config.eval.zero_shot)):
     return False
 
   def missing():

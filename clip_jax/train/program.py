@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 
-import clip_jax
 from clip_jax import config as configs
 from clip_jax import files
 from clip_jax.errors import UsageError
@@ -19,7 +18,8 @@ MAGIC = b"clip_jax program 1\n"
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 CODE = ("losses", "models", "parallel", "train")  # packages that a step is traced from
 SECTIONS = ("model", "loss", "train", "optimizer", "mesh")  # of the config
-NOT_IN_IT = ("log_every", "init_from", "init_tower")  # keys of `train` that a step does not depend on
+# Keys of `train` that a step does not depend on.
+NOT_IN_IT = ("log_every", "init_from", "init_tower", "max_bad_steps", "spike_factor", "spike_window", "on_spike", "step_timeout", "host_timeout")
 
 
 def save(path, compiled, config, mesh):
@@ -100,20 +100,13 @@ def _made_of(config, mesh):
   devices = list(mesh.devices.flat)
   return {
     "versions": {name: environment.version(name) for name in PACKAGES},
-    "code": _digest(),
+    "code": environment.code(*CODE),
     "kind": devices[0].device_kind,
     "mesh": dict(mesh.shape),
     # Which chip does which part, by its place in the slice.
     "devices": [[device.id, *map(int, getattr(device, "coords", ()))] for device in devices],
     "config": {name: values[name] for name in SECTIONS},
   }
-
-
-def _digest():
-  root, digest = Path(clip_jax.__file__).parent, hashlib.sha256()
-  for path in sorted(path for name in CODE for path in (root / name).rglob("*.py")):
-    digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-  return digest.hexdigest()
 
 
 def _difference(key, old, new):

@@ -36,9 +36,14 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def joined(monkeypatch):
-  """The arguments of each call of `jax.distributed.initialize`, which does nothing."""
+  """The arguments of each call of `jax.distributed.initialize`, which does nothing, but for how long it shall wait for others."""
   calls = []
-  monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+
+  def initialize(*args, heartbeat_timeout_seconds, shutdown_timeout_seconds):
+    assert heartbeat_timeout_seconds == shutdown_timeout_seconds == 100
+    calls.append(args)
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
   return calls
 
 
@@ -51,6 +56,13 @@ def test_a_process_alone_joins_nobody(environment, joined):
   environment(TPU_WORKER_HOSTNAMES="localhost", MEGASCALE_NUM_SLICES="1", SLURM_NTASKS="1")
   distributed.initialize()
   assert joined == []
+
+
+def test_gpus_are_told_to_be_deterministic_once_beside_what_xla_is_told_already(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=there")
+  for _ in range(2):
+    distributed.make_deterministic()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=there --xla_gpu_deterministic_ops=true"
 
 
 def test_three_variables_say_who_joins_whom(environment, joined):
