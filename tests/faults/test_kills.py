@@ -90,11 +90,11 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_no_checkpoint(start, undisturb
 
 @pytest.mark.slow
 def test_one_host_of_two_is_killed_the_other_ends_in_time_and_both_go_on_exactly(start, tmp_path):
-  whole, workdir, shorter = tmp_path / "whole", tmp_path / "run", ("--config.train.steps=20", "--config.train.host_timeout=10")
+  whole, workdir, shorter = tmp_path / "whole", tmp_path / "run", ("--config.train.steps=10", "--config.train.host_timeout=10")
   for process in start_together(start, 2, whole, *shorter):
     finish(process)
   first, second = start_together(start, 2, workdir, *shorter, environment=SLOW)
-  wait_for_step(first, workdir, 7)
+  wait_for_step(first, workdir, 6)
   begun = time.monotonic()
   second.kill()
   second.communicate()
@@ -103,7 +103,7 @@ def test_one_host_of_two_is_killed_the_other_ends_in_time_and_both_go_on_exactly
   assert first.returncode not in (0, 2, 75) and took < 30, (first.returncode, took, err)
   for process in start_together(start, 2, workdir, *shorter):
     finish(process)
-  assert_same_run(workdir, whole, steps=20)
+  assert_same_run(workdir, whole, steps=10)
   assert exported(workdir, tmp_path / "a") == exported(whole, tmp_path / "b")
 
 
