@@ -31,18 +31,6 @@ from tests.end_to_end.runs import (
 SLOW = {"SLOW": "0.03"}
 
 
-@pytest.fixture(scope="module")
-def start(colors, tmp_path_factory):
-  return starter(colors, tmp_path_factory.mktemp("cache"), ("-m", "tests.faults.faulty_main"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(start, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("undisturbed")
-  finish(start(folder / "run"))
-  return folder / "run"
-
-
 def limit_files(process, size):
   """The largest file that a process may write from now on, or None for any."""
   _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)

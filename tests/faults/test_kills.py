@@ -11,7 +11,6 @@ from tests.end_to_end.runs import (
   exported,
   finish,
   start_together,
-  starter,
   training_lines,
   wait_for_step,
   wait_until,
@@ -22,23 +21,22 @@ SLOW = {"SLOW": "0.03"}
 
 
 @pytest.fixture(scope="module")
-def start(colors, tmp_path_factory):
-  return starter(colors, tmp_path_factory.mktemp("cache"), ("-m", "tests.faults.faulty_main"))
+def export(undisturbed, tmp_path_factory):
+  """What `clip-jax export` makes of it."""
+  return exported(undisturbed, tmp_path_factory.mktemp("export") / "exported")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(start, tmp_path_factory):
-  """The work directory of a run that nothing happened to, and its export."""
-  folder = tmp_path_factory.mktemp("undisturbed")
-  finish(start(folder / "run"))
-  return folder / "run", exported(folder / "run", folder / "exported")
+@pytest.fixture
+def nothing_happened(undisturbed, export, tmp_path):
+  """A function that checks it of a work directory."""
 
+  def check(workdir):
+    assert_same_run(workdir, undisturbed)
+    assert exported(workdir, tmp_path / "exported") == export
+    assert not list(workdir.rglob("*tmp*"))
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["35", "40"]
 
-def assert_nothing_happened(workdir, undisturbed, folder):
-  assert_same_run(workdir, undisturbed[0])
-  assert exported(workdir, folder / "exported") == undisturbed[1]
-  assert not list(workdir.rglob("*tmp*"))
-  assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["35", "40"]
+  return check
 
 
 def kill(process):
@@ -48,7 +46,7 @@ def kill(process):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_in_the_middle_of_saves_the_run_ends_bit_identical(start, undisturbed, tmp_path):
+def test_killed_at_any_moment_and_in_the_middle_of_saves_the_run_ends_bit_identical(start, nothing_happened, tmp_path):
   moments, workdir = random.Random(7), tmp_path / "run"
   for moment in ("starting", "training", "saving", "saving", "training"):
     process = start(workdir, environment=SLOW)
@@ -62,7 +60,7 @@ def test_killed_at_any_moment_and_in_the_middle_of_saves_the_run_ends_bit_identi
       wait_until(process, lambda: list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")), "a save")
     kill(process)
   finish(start(workdir))
-  assert_nothing_happened(workdir, undisturbed, tmp_path)
+  nothing_happened(workdir)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
@@ -74,7 +72,7 @@ def test_stopped_while_it_starts_it_ends_at_once_with_the_code_for_try_again(sta
   assert f"{number.name}: stopping before the first step." in err and "Stopped after step 0 of 40" in out and "Traceback" not in err
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_loses_no_checkpoint(start, undisturbed, tmp_path):
+def test_a_second_ctrl_c_leaves_at_once_and_loses_no_checkpoint(start, nothing_happened, tmp_path):
   workdir = tmp_path / "run"
   process = start(workdir, environment=SLOW)
   wait_for_step(process, workdir, 6)
@@ -85,7 +83,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_no_checkpoint(start, undisturb
   process.communicate(timeout=60)
   assert process.returncode in (1, 75)  # 75: the step ended between the two
   finish(start(workdir))
-  assert_nothing_happened(workdir, undisturbed, tmp_path)
+  nothing_happened(workdir)
 
 
 @pytest.mark.slow
