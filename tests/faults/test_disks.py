@@ -28,7 +28,7 @@ from tests.end_to_end.runs import (
   wait_until,
 )
 
-SLOW = {"SLOW": "0.03"}
+SLOW = {"SLOW": "0.1"}
 
 
 def limit_files(process, size):
@@ -48,8 +48,8 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_safety_which_is_said_
   time.sleep(0.3)
   limit_files(process, None)
   _, err = finish(process)
-  assert re.search(r"step 1\d: NO CHECKPOINT: \S+/checkpoints/10 could not be written \(File too large\). It is tried again.", err), err
-  assert "steps since 5 are lost" in err and "checkpoints can be written again" in err
+  assert re.search(r"step \d+: NO CHECKPOINT: \S+/checkpoints/\d+ could not be written \(File too large\). It is tried again.", err), err
+  assert re.search(r"the \d+ steps since \d+ are lost", err) and "checkpoints can be written again" in err
   assert "metrics.jsonl cannot be written" in err
   counted = [line["checkpoint_failures"] for line in all_lines(workdir) if "checkpoint_failures" in line]
   assert counted == sorted(counted) and counted[0] == 1

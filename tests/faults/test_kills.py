@@ -17,7 +17,7 @@ from tests.end_to_end.runs import (
 )
 
 # Time for something to happen to a run: each batch takes a thread this much longer to load, and there are two threads.
-SLOW = {"SLOW": "0.03"}
+SLOW = {"SLOW": "0.1"}
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def test_a_batch_that_is_not_a_number_is_skipped_and_counted_the_same_after_a_ki
   # Before it all is as without it, and the step after it meets the parameters that the step before left.
   assert [line["loss"] for line in lines[: bad[0] - 1]] == [line["loss"] for line in training_lines(clean)[: bad[0] - 1]]
   assert all(np.isfinite(line["loss"]) for line in lines if line["step"] not in bad)
-  process = start(workdir, environment={**NAN, "SLOW": "0.03"})
+  process = start(workdir, environment={**NAN, "SLOW": "0.1"})
   wait_for_step(process, workdir, bad[0] + 2)
   process.kill()
   process.communicate()
@@ -87,7 +87,7 @@ def test_too_many_of_them_stop_the_run_with_their_records_and_can_be_left_out(st
     (line,) = map(json.loads, (workdir / "bad_batches.jsonl").read_text().splitlines())
     assert len(line["keys"]) == 16 and line["keys"][3] == sources.create("tar", str(data)).key(RECORD) and line["batch"] == line["step"] - 1
   whole = tmp_path / "whole"
-  for folder, slow in ((workdir, "0.03"), (whole, "0")):
+  for folder, slow in ((workdir, "0.1"), (whole, "0")):
     rollback = ("--config.train.max_bad_steps=1", "--config.train.on_spike=rollback")
     process = start(folder, *rollback, environment={**NAN, "SLOW": slow})
     if folder == workdir:  # and killed after the first one
