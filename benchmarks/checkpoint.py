@@ -108,8 +108,20 @@ def measure(arguments, folder):
   seconds_read, _ = timed(lambda: checkpoints.restore(described))
   disk_write, disk_read = disk(folder, size)
   checkpoints.close()
+  alone = {"save": size / 1e6 / seconds_alone, "restore": size / 1e6 / seconds_read}
+  return figures(times, size / 1e9, alone, {"save": disk_write, "restore": disk_read})
+
+
+def figures(times, gigabytes, alone, disk_itself):
+  """What the times say: medians, and ratios of them.
+
+  Args:
+    times: lists of seconds by what took them.
+    gigabytes: size of the state.
+    alone: MB/s of "save" and "restore" with nothing beside them.
+    disk_itself: MB/s of a file.
+  """
   middle = {name: statistics.median(seen) for name, seen in times.items() if seen}
-  gigabytes = size / 1e9
   return {
     "device": jax.devices()[0].device_kind,
     "state, GB": gigabytes,
@@ -122,13 +134,14 @@ def measure(arguments, folder):
     "  of which digests, ms/GB": 1000 * middle["digest"] / gigabytes,
     "step while it is written, of a plain one": middle.get("during", float("nan")) / middle["plain"],
     "until written, with steps beside, s": middle["write"],
-    "save alone, MB/s": size / 1e6 / seconds_alone,
-    "restore and check, MB/s": size / 1e6 / seconds_read,
-    "disk, write and fsync, MB/s": disk_write,
-    "disk, read, MB/s": disk_read,
-    "save, of the disk": size / 1e6 / seconds_alone / disk_write,
-    "restore, of the disk": size / 1e6 / seconds_read / disk_read,
+    "save alone, MB/s": alone["save"],
+    "restore and check, MB/s": alone["restore"],
+    "disk, write and fsync, MB/s": disk_itself["save"],
+    "disk, read, MB/s": disk_itself["restore"],
+    "save, of the disk": alone["save"] / disk_itself["save"],
+    "restore, of the disk": alone["restore"] / disk_itself["restore"],
   }
+
 
 
 def disk(folder, size):

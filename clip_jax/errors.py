@@ -26,6 +26,19 @@ def redact(text):
   return re.sub(r"\S+", _without_user, text) if "://" in text and "@" in text else text
 
 
+def redacted(value):
+  """A value as JSON has it, with `redact` done to each text in it.
+
+  Args:
+    value: of any type; texts in dicts, lists and tuples are found.
+  """
+  if isinstance(value, dict):
+    return {name: redacted(one) for name, one in value.items()}
+  if isinstance(value, list | tuple):
+    return [redacted(one) for one in value]
+  return redact(value) if isinstance(value, str) else value
+
+
 def _without_user(word):
   end = word[0].rfind("@") + 1
   return _USER.sub("://***@", word[0][:end]) + word[0][end:]
@@ -35,7 +48,7 @@ class _ForPeople(Exception):
   # Messages name paths, and are printed, logged, and written to reports. So none ever holds what would open a bucket.
 
   def __init__(self, *args):
-    super().__init__(*(redact(value) if isinstance(value, str) else value for value in args))
+    super().__init__(*redacted(args))
 
 
 class UsageError(_ForPeople, ValueError):

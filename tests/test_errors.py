@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clip_jax import errors
-from clip_jax.errors import redact
+from clip_jax.errors import redact, redacted
 
 
 @pytest.mark.parametrize(
@@ -94,3 +94,9 @@ def test_a_long_text_takes_no_long_time(piece, end):
   begin = time.process_time()
   redact("?" + piece * (200_000 // len(piece)) + end)
   assert time.process_time() - begin < 1
+
+
+def test_texts_are_found_wherever_they_are_in_a_value():
+  url, safe = "s3://user:secret@bucket/a?token=1", "s3://***@bucket/a?token=***"
+  value = {"a": [url, 1, None], "b": {"c": (url, 2.5)}, url: True}
+  assert redacted(value) == {"a": [safe, 1, None], "b": {"c": [safe, 2.5]}, url: True}  # keys are names of the project

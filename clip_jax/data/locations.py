@@ -5,8 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from clip_jax.errors import DataError
-from clip_jax.errors import redact as redact  # for who shows a path
+from clip_jax.errors import DataError, redact
 
 
 def is_remote(path):

@@ -16,7 +16,7 @@ import numpy as np
 
 from clip_jax.data import images, order, tokenizer_folders
 from clip_jax.data.tokenizer import ClipTokenizer
-from clip_jax.errors import ConfigError, DataError, redact
+from clip_jax.errors import ConfigError, DataError, redacted
 from clip_jax.files import tell
 
 # Examples loaded by one call: enough to make a thread's bookkeeping and the tokenizer's cheap, few enough
@@ -161,8 +161,7 @@ class BadRecords:
       DataError: too many are bad.
     """
     # Names are made of paths, which may hold what signs a request; the list goes into the report.
-    place = {name: redact(value) if isinstance(value, str) else value for name, value in place.items()}
-    key, error = redact(key), redact(str(error))
+    place, key, error = redacted([place, key, str(error)])
     with self._lock:
       self.bad += 1
       name = place.get("source"), place["index"]

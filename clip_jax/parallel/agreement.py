@@ -33,18 +33,19 @@ def of_first(make):
   return json.loads(_gathered(json.dumps(make() if jax.process_index() == 0 else None))[0])
 
 
-def require_same(facts):
+def require_same(find):
   """Checks that all processes hold the same to be true; all must ask at the same time.
 
   Args:
-    facts: a dict of what something is called to its value, ready for JSON.
+    find: a function without arguments that returns a dict of what something is called to its value, ready for JSON. One process
+      alone need not find out.
 
   Raises:
     UsageError: they do not; the message names the first difference, and who has which value. It is raised on every process.
   """
   if jax.process_count() == 1:
     return
-  everybody = [json.loads(text) for text in _gathered(json.dumps(facts, sort_keys=True))]
+  everybody = [json.loads(text) for text in _gathered(json.dumps(find(), sort_keys=True))]
   names = dict.fromkeys(name for theirs in everybody for name in theirs)
   for name in names:
     values = [theirs.get(name) for theirs in everybody]

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from clip_jax.errors import TrainingError
-from clip_jax.parallel.rules import as_axes
+from clip_jax.parallel.rules import as_axes, replicated
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 IN_CACHE = 2**16  # elements that NumPy hashes at a time: its temporary arrays stay in a core's cache
@@ -121,7 +121,7 @@ def _on_devices(mesh, spec):
 @functools.lru_cache
 def _together(mesh):
   # Every process gets the sums of all devices, to compare them itself: no compiler may take copies for equal, and not look.
-  return jax.jit(lambda *sums: jnp.stack(sums, axis=1), out_shardings=jax.sharding.NamedSharding(mesh, PartitionSpec()))
+  return jax.jit(lambda *sums: jnp.stack(sums, axis=1), out_shardings=replicated(mesh))
 
 
 def _of_part(part, spec):

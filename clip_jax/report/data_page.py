@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from clip_jax.data.inspection import Inspection
-from clip_jax.data.locations import redact
+from clip_jax.errors import redact
 from clip_jax.files import write_text
 from clip_jax.report import plots
 from clip_jax.report.page import Tile, pages

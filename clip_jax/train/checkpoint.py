@@ -19,6 +19,8 @@ from clip_jax.parallel import agreement, digest
 SINCE_FORMAT_2 = ("skipped", "skipped_in_a_row")
 # What a store says that may know better later; a checkpoint behind it is not broken.
 LATER = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "Connection refused", "timed out")
+# TensorStore's messages go on for lines; this is what is in them.
+SYSTEM = ("No space left on device", "File too large", "Disk quota exceeded")
 # Its name has no digit alone, so nothing takes it for a checkpoint; for people to look at, and to remove.
 BROKEN = ".broken"
 
@@ -46,7 +48,7 @@ class Checkpoints:
     self._folder = (Path(workdir) / "checkpoints").absolute()
     self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-    self._saving = self._step = self._digests = self.whole = None
+    self._saving = self._step = self.whole = None
     self.failures = 0
 
   def clear_leftovers(self):
@@ -86,8 +88,7 @@ class Checkpoints:
     """
     self.wait()
     arrays = fields(state)
-    self._digests = self._digests or digest.Digests(arrays)
-    card = native.card(self._config.model, step=step, **values, digests=self._digests(arrays))
+    card = native.card(self._config.model, step=step, **values, digests=digest.Digests(arrays)(arrays))
     items = {"state": ocp.args.StandardSave(arrays), "card": ocp.args.JsonSave(card)}
     if self._tokenizer is not None:
       items["tokenizer"] = ocp.args.JsonSave(self._tokenizer.to_dict())
@@ -234,14 +235,7 @@ def reason(error):
   while error.__cause__ is not None:
     error = error.__cause__
   text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
-  for code, meaning in SYSTEM.items():
-    if code in str(error):
-      return meaning
-  return text if len(text) < 300 else f"{text[:300]} ..."
-
-
-# TensorStore's messages go on for lines; this is what is in them.
-SYSTEM = {"No space left on device": "No space left on device", "File too large": "File too large", "Disk quota exceeded": "Disk quota exceeded"}
+  return next((known for known in SYSTEM if known in str(error)), text if len(text) < 300 else f"{text[:300]} ...")
 
 
 def fields(state):

@@ -9,7 +9,6 @@ import jax
 from clip_jax import config as configs
 from clip_jax.convert.sources import find as find_weights
 from clip_jax.data import dataset, pipeline, sources
-from clip_jax.data.locations import redact
 from clip_jax.errors import DataError, StorageError
 from clip_jax.evaluate.encode import Encoder
 from clip_jax.evaluate.retrieval import Retrieval
@@ -86,7 +85,7 @@ def run(config, workdir, profile=None, compiled=None, force_new=False):
   with stopping.Signals() as signals:
     try:
       config, mesh = settle(config, profile)
-      agreement.require_same(workdirs.facts(config))
+      agreement.require_same(lambda: workdirs.facts(config))
       workdir = Path(workdir)
       workdirs.claim(workdir, config, force_new)
       checkpoints = checkpoint.Checkpoints(workdir, config, pipeline.file_tokenizer_for(config.model))
@@ -137,10 +136,10 @@ def prepare(config, workdir, mesh, card, alive=lambda: None):
   Raises:
     UsageError: the data, the weights to start from or an evaluation set cannot be used.
   """
-  data, path = dataset.create(config), redact(config.data.path) or "config.data.mixture"
+  data, path = dataset.create(config), config.data.path or "config.data.mixture"
   records = list(data.lengths) if config.data.mixture else len(data)
   now = {"records": records, "data": data.digest()}
-  agreement.require_same({f"{name} of the data": value for name, value in now.items()})
+  agreement.require_same(lambda: {f"{name} of the data": value for name, value in now.items()})
   if card and card.get("records") != records:
     raise DataError(
       f"{path} has {records} records, and the run in {workdir} began with "
@@ -183,7 +182,7 @@ def _run(run):
   described = states.describe(config, run.mesh)[0]
   state, card = checkpoints.restore(described)
   started = start = card.get("step", 0)
-  if start >= config.train.steps and not evaluation_missing(workdir, config, start):
+  if start >= config.train.steps and not evaluation_missing(last_lines(workdir, config), config, start):
     return Result(start, config.train.steps, start)
   watchdog = Watchdog(config.train.step_timeout)
   ready = prepare(config, workdir, run.mesh, card, watchdog.alive)
@@ -217,7 +216,7 @@ def _train(run, ready, watchdog, rollbacks, state, start):
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
   measure = performance.Meter(config, list(mesh.devices.flat))
   named = guard.Batches(workdir, ready.data, config, rollbacks)
-  before = agreement.of_first(lambda: metrics.read(workdir / "metrics.jsonl")[-guard.lines_to_know(config) :])
+  before = last_lines(workdir, config)
   watch = guard.Guard(config, before, named.write)
   log = hooks.Log(writer, config, clock, start, measure, progress or (lambda step, values: None), watch)
   save = hooks.Save(run.checkpoints, ready.card, log, writer, config, clock)
@@ -237,7 +236,7 @@ def _train(run, ready, watchdog, rollbacks, state, start):
       run.signals.training()
       for values in rollbacks.to_write(start, before):
         writer.write(start, start * batch, values)
-      if evaluation_missing(workdir, config, start):
+      if evaluation_missing(before, config, start):
         evaluate(start, state, None)
       for done in range(start + 1, config.train.steps + 1):
         named.last = done
@@ -263,22 +262,27 @@ def _train(run, ready, watchdog, rollbacks, state, start):
   return done
 
 
-def evaluation_missing(workdir, config, step):
-  """Whether a run that goes on from a step has still to evaluate it.
+def last_lines(workdir, config):
+  """The end of a run's `metrics.jsonl`, the same on all processes: what its next lines depend on.
 
   Args:
     workdir: the work directory.
+    config: a resolved `Config`.
+  """
+  return agreement.of_first(lambda: metrics.read(Path(workdir) / "metrics.jsonl", guard.lines_to_know(config)))
+
+
+def evaluation_missing(lines, config, step):
+  """Whether a run that goes on from a step has still to evaluate it.
+
+  Args:
+    lines: what `last_lines` returns.
     config: a resolved `Config`.
     step: updates done.
   """
   if not (hooks.evaluation_due(config, step) and (config.eval.retrieval or config.eval.zero_shot)):
     return False
-
-  def missing():
-    lines = metrics.read(Path(workdir) / "metrics.jsonl")
-    return not any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
-
-  return agreement.of_first(missing)
+  return not any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
 
 
 def create_evaluators(config, mesh, training, alive=lambda: None):

@@ -120,13 +120,13 @@ class _Lines:
     self._lines, self._written, self._on_disk = [], 0, self._end
     if self._trouble:
       self._trouble = None
-      _say(f"{self._name} can be written again; all of its lines are there.")
+      tell(f"\n{self._name} can be written again; all of its lines are there.")
     return True
 
   def close(self):
     if not self.sync():
       missing = len(self._lines) - self._written
-      _say(f"{self._name} still cannot be written ({self._trouble}); lines it lacks at its end: {missing:,}.")
+      tell(f"\n{self._name} still cannot be written ({self._trouble}); lines it lacks at its end: {missing:,}.")
     with contextlib.suppress(OSError):
       os.close(self._file)
 
@@ -143,7 +143,7 @@ class _Lines:
 
   def _failed(self, error):
     if not self._trouble:
-      _say(f"{self._name} cannot be written ({_reason(error)}); its lines are kept in memory.")
+      tell(f"\n{self._name} cannot be written ({_reason(error)}); its lines are kept in memory.")
     self._trouble = _reason(error)
     return False
 
@@ -183,7 +183,7 @@ class _Scalars:
       self._trouble = False
     except OSError as error:
       if not self._trouble:
-        _say(f"TensorBoard's file cannot be written ({_reason(error)}); it will lack values that metrics.jsonl has.")
+        tell(f"\nTensorBoard's file cannot be written ({_reason(error)}); it will lack values that metrics.jsonl has.")
       self._trouble = True
 
   def _append(self, records):
@@ -236,17 +236,12 @@ def _reason(error):
   return error.strerror or str(error)
 
 
-def _say(text):
-  # On a line of its own, also where a bar of progress is being drawn. Standard error may be a file on the same disk.
-  with contextlib.suppress(OSError):
-    tell(f"\n{text}")
-
-
-def read(path):
+def read(path, last=0):
   """The lines of a `metrics.jsonl`.
 
   Args:
     path: the file; one that is missing has no lines, and a last line that is cut off does not count.
+    last: how many of the last ones to parse; 0: all.
 
   Returns:
     A list of dicts.
@@ -255,7 +250,7 @@ def read(path):
     text = Path(path).read_text(encoding="utf-8")
   except FileNotFoundError:
     return []
-  return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+  return [json.loads(line) for line in text.splitlines(keepends=True)[-last:] if line.endswith("\n")]
 
 
 def drop_after(path, step):

@@ -6,8 +6,7 @@ from pathlib import Path
 import jax
 
 from clip_jax import config as configs
-from clip_jax.data.locations import redact
-from clip_jax.errors import ConfigError, UsageError
+from clip_jax.errors import ConfigError, UsageError, redacted
 from clip_jax.files import tell, write_text
 from clip_jax.parallel import agreement, rules
 from clip_jax.train import environment
@@ -97,14 +96,8 @@ def describe_run(workdir, config, described):
 
 def as_json(config):
   """A config as `config.json` has it."""
-
   # What signs a request stands in no file: the work directory is shared, and its report sent around.
-  def shown(value):
-    if isinstance(value, dict):
-      return {key: shown(item) for key, item in value.items()}
-    return [shown(item) for item in value] if isinstance(value, list) else redact(value) if isinstance(value, str) else value
-
-  return shown(json.loads(json.dumps(configs.to_dict(config))))
+  return redacted(json.loads(json.dumps(configs.to_dict(config))))
 
 
 def differences(old, new):

@@ -13,7 +13,6 @@ from tests.end_to_end.runs import (
   assert_same_run,
   exported,
   finish,
-  starter,
   training_lines,
   wait_for_step,
 )
@@ -24,8 +23,8 @@ RECORD = int(order.examples(0, 8 * COPIES, np.array([16 * (FIRST - 1) + 3]))[0])
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  """Colours of which one picture is called a poison."""
+def colors(tmp_path_factory):
+  """Colours of which one picture is called a poison, in the place of those that other faults are done to."""
   plain, path = (tmp_path_factory.mktemp("data") / name for name in ("plain.tar", "colors.tar"))
   write_colors(plain, copies=COPIES)
   with tarfile.open(plain) as old, tarfile.open(path, "w") as new:
@@ -41,24 +40,11 @@ def data(tmp_path_factory):
   return path
 
 
-@pytest.fixture(scope="module")
-def start(data, tmp_path_factory):
-  return starter(data, tmp_path_factory.mktemp("cache"), ("-m", "tests.faults.faulty_main"))
-
-
-@pytest.fixture(scope="module")
-def clean(start, tmp_path_factory):
-  """A run whose loss nobody makes worse, and the steps that have the poison in their batch."""
-  workdir = tmp_path_factory.mktemp("clean") / "run"
-  finish(start(workdir))
-  return workdir
-
-
 NAN = {"POISON": "poison"}
 
 
 @pytest.mark.slow
-def test_a_batch_that_is_not_a_number_is_skipped_and_counted_the_same_after_a_kill(start, clean, tmp_path):
+def test_a_batch_that_is_not_a_number_is_skipped_and_counted_the_same_after_a_kill(start, undisturbed, tmp_path):
   whole, workdir = tmp_path / "whole", tmp_path / "run"
   _, err = finish(start(whole, environment=NAN))
   lines = training_lines(whole)
@@ -67,7 +53,7 @@ def test_a_batch_that_is_not_a_number_is_skipped_and_counted_the_same_after_a_ki
   assert [line["skipped"] for line in lines] == [sum(step <= line["step"] for step in bad) for line in lines]
   assert f"step {bad[0]}: not finite: gradient_norm, loss; the step was skipped" in err
   # Before it all is as without it, and the step after it meets the parameters that the step before left.
-  assert [line["loss"] for line in lines[: bad[0] - 1]] == [line["loss"] for line in training_lines(clean)[: bad[0] - 1]]
+  assert [line["loss"] for line in lines[: bad[0] - 1]] == [line["loss"] for line in training_lines(undisturbed)[: bad[0] - 1]]
   assert all(np.isfinite(line["loss"]) for line in lines if line["step"] not in bad)
   process = start(workdir, environment={**NAN, "SLOW": "0.1"})
   wait_for_step(process, workdir, bad[0] + 2)
@@ -79,13 +65,13 @@ def test_a_batch_that_is_not_a_number_is_skipped_and_counted_the_same_after_a_ki
 
 
 @pytest.mark.slow
-def test_too_many_of_them_stop_the_run_with_their_records_and_can_be_left_out(start, data, tmp_path):
+def test_too_many_of_them_stop_the_run_with_their_records_and_can_be_left_out(start, colors, tmp_path):
   workdir = tmp_path / "run"
   for _ in range(2):  # the same command meets them again
     _, err = finish(start(workdir, "--config.train.max_bad_steps=1", environment=NAN), code=1)
     assert "were not finite, 1 in a row (config.train.max_bad_steps=1)" in err and "Traceback" not in err
     (line,) = map(json.loads, (workdir / "bad_batches.jsonl").read_text().splitlines())
-    assert len(line["keys"]) == 16 and line["keys"][3] == sources.create("tar", str(data)).key(RECORD) and line["batch"] == line["step"] - 1
+    assert len(line["keys"]) == 16 and line["keys"][3] == sources.create("tar", str(colors)).key(RECORD) and line["batch"] == line["step"] - 1
   whole = tmp_path / "whole"
   for folder, slow in ((workdir, "0.1"), (whole, "0")):
     rollback = ("--config.train.max_bad_steps=1", "--config.train.on_spike=rollback")
@@ -104,7 +90,7 @@ def test_too_many_of_them_stop_the_run_with_their_records_and_can_be_left_out(st
 
 
 @pytest.mark.slow
-def test_a_spike_is_told_of_and_may_send_the_run_back_past_its_batches(start, clean, tmp_path):
+def test_a_spike_is_told_of_and_may_send_the_run_back_past_its_batches(start, undisturbed, tmp_path):
   spike = {"SPIKE": "poison"}
   watch = ("--config.train.spike_window=4", "--config.train.spike_factor=3")
   recorded, back = tmp_path / "recorded", tmp_path / "back"
@@ -119,10 +105,10 @@ def test_a_spike_is_told_of_and_may_send_the_run_back_past_its_batches(start, cl
   lines = training_lines(back)
   assert [line["step"] for line in lines] == list(range(1, 41)) and max(line["loss"] for line in lines[spikes[0] - 1 :]) < 5
   # Until the checkpoint it is the run that nobody made worse.
-  assert [line["loss"] for line in lines[: first["to"]]] == [line["loss"] for line in training_lines(clean)[: first["to"]]]
+  assert [line["loss"] for line in lines[: first["to"]]] == [line["loss"] for line in training_lines(undisturbed)[: first["to"]]]
 
 
 @pytest.mark.slow
-def test_the_same_seed_and_mesh_give_the_same_bits_with_the_switch_for_gpus_too(start, clean, tmp_path):
+def test_the_same_seed_and_mesh_give_the_same_bits_with_the_switch_for_gpus_too(start, undisturbed, tmp_path):
   finish(start(tmp_path / "run", "--config.train.deterministic=True"))
-  assert exported(tmp_path / "run", tmp_path / "a") == exported(clean, tmp_path / "b")
+  assert exported(tmp_path / "run", tmp_path / "a") == exported(undisturbed, tmp_path / "b")

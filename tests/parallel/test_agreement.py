@@ -23,10 +23,10 @@ def find():
   assert me == 0
   return {"steps": [3, 5], "losses": [0.1, float("nan")]}
 print(agreement.of_first(find))
-agreement.require_same({"the version of jax": "1", "é": [1, {"a": None}]})
+agreement.require_same(lambda: {"the version of jax": "1", "é": [1, {"a": None}]})
 for facts in ({"same": 1, "config.train.seed": me}, {"same": 1} | ({"more": "x" * 5000} if me else {})):
   try:
-    agreement.require_same(facts)
+    agreement.require_same(lambda: facts)
   except UsageError as error:
     print(str(error)[:200])
 """
@@ -59,4 +59,4 @@ def test_processes_compare_what_they_hold_to_be_true_and_all_are_told_the_differ
 def test_one_process_agrees_with_itself(mine):
   assert agreement.everyone(mine) is bool(mine)
   assert agreement.of_first(lambda: mine) is mine
-  agreement.require_same({"anything": object()})
+  agreement.require_same(lambda: {"anything": object()})

@@ -11,7 +11,7 @@ from clip_jax import errors
 from clip_jax.data import locations
 from clip_jax.data.preparation import manifest, pipeline, reading, writing
 from clip_jax.data.preparation.settings import Settings
-from clip_jax.errors import MissingExtraError, UsageError, redact
+from clip_jax.errors import MissingExtraError, UsageError, redact, redacted
 from clip_jax.files import tell
 
 INFO = "dataset_info.json"
@@ -108,7 +108,7 @@ def _begin(layout, pattern, settings):
   given = {"pattern": pattern} | dataclasses.asdict(settings)
   # The digest is of all as it was given; what people read, and copy elsewhere, opens no bucket.
   digest = locations.cache_key(json.dumps([given, units]), reading.stamp(units, options))
-  now = _shown({"settings": given, "units": units, "digest": digest})
+  now = redacted({"settings": given, "units": units, "digest": digest})
   if not layout.has("work/input.json"):
     if layout.names("**/*" if not locations.is_remote(layout.out) else "*"):
       raise UsageError(f"{layout.out} holds something already; choose a folder that is empty or not there.")
@@ -126,15 +126,6 @@ def _begin(layout, pattern, settings):
   return units
 
 
-def _shown(value):
-  # As JSON has it, without secrets.
-  if isinstance(value, dict):
-    return {name: _shown(one) for name, one in value.items()}
-  if isinstance(value, list | tuple):
-    return [_shown(one) for one in value]
-  return redact(value) if isinstance(value, str) else value
-
-
 def _finish(layout, pattern, settings, counts):
   names = [f"work/shards/{number:05}.json" for number in range(counts["shards"])]
   shards = [layout.read_json(name) for name in names]
@@ -149,7 +140,7 @@ def _finish(layout, pattern, settings, counts):
     "dropped": {name: count for name, count in counts["dropped"].items() if count},
     "untagged": counts.get("untagged", {}),
     "excluded_images": counts.get("exclude", {}),
-    "settings": _shown(kept),
+    "settings": redacted(kept),
     "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     "shards": shards,
   }

@@ -12,7 +12,7 @@ import urllib.request
 
 from clip_jax.data import locations
 from clip_jax.data.storage import Storage
-from clip_jax.errors import DataError, StorageError, UsageError
+from clip_jax.errors import DataError, StorageError, UsageError, redact
 from clip_jax.train.doctor.check import Check
 
 DEADLINE, PLACE_SECONDS, METADATA_SECONDS = 20.0, 5.0, 1.0
@@ -93,7 +93,7 @@ def _reading(scheme, name, prefix, place, deadline):
       return Check("bucket", "wrong", str(error), LOGIN[scheme])
     if "has not been listed" in str(error) and place.status is not None:
       return Check("bucket", "warning", str(error), "It may hold very many objects: name one of them, or more of what their names begin with.")
-    endpoint = locations.redact(_google() if scheme == "gs" else _amazon(name))
+    endpoint = redact(_google() if scheme == "gs" else _amazon(name))
     return Check("bucket", "wrong", str(error), f"See whether this machine reaches the store: curl -I {endpoint}")
   if place.status == 404:
     return missing
