@@ -55,7 +55,7 @@ class Watchdog:
     told = None
     while not self._over.wait(min(self._seconds / 20, 10)):
       # The C library's thread ends the process if this one is not there in time to put it off again.
-      faulthandler.dump_traceback_later(2 * self._seconds + 1, exit=True)
+      faulthandler.dump_traceback_later(2 * self._seconds + 1, exit=True, file=sys.__stderr__)
       since = self._since
       still = time.monotonic() - since
       if still > self._seconds and told != since:
@@ -67,7 +67,7 @@ class Watchdog:
 
   def _tell(self, still):
     tell(f"\nNo progress for {still:,.0f} s in {self._what}. All threads:")
-    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)  # notebooks replace the other by one without a file
     found = []
     asking = threading.Thread(target=lambda: found.extend(self.keys()), daemon=True)
     asking.start()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -44,13 +45,17 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_safety_which_is_said_
   wait_until(process, (workdir / "checkpoints/5").is_dir, "the first checkpoint")
   limit_files(process, 100_000)  # lines fit, a checkpoint does not
   wait_until(process, lambda: any("checkpoint_failures" in line for line in all_lines(workdir)), "a save that failed")
-  limit_files(process, (workdir / "metrics.jsonl").stat().st_size + 500)  # a line or two
-  time.sleep(0.3)
+  said = []
+  listener = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
+  listener.start()
+  limit_files(process, (workdir / "metrics.jsonl").stat().st_size + 100)  # a part of a line
+  wait_until(process, lambda: any("metrics.jsonl cannot be written" in line for line in said), "a line that does not fit")
   limit_files(process, None)
-  _, err = finish(process)
+  assert process.wait(200) == 0
+  listener.join()
+  err = "".join(said)
   assert re.search(r"step \d+: NO CHECKPOINT: \S+/checkpoints/\d+ could not be written \(File too large\). It is tried again.", err), err
   assert re.search(r"the \d+ steps since \d+ are lost", err) and "checkpoints can be written again" in err
-  assert "metrics.jsonl cannot be written" in err
   counted = [line["checkpoint_failures"] for line in all_lines(workdir) if "checkpoint_failures" in line]
   assert counted == sorted(counted) and counted[0] == 1
   assert_same_run(workdir, undisturbed)
