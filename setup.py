@@ -94,7 +94,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["clip_jax", "clip_jax.*"]),
-  package_data={"clip_jax.data": ["*.txt.gz"], "clip_jax.report": ["templates/*"]},
+  package_data={"clip_jax.data": ["*.txt.gz"], "clip_jax.evaluate.prompts": ["*.json", "README.md"], "clip_jax.report": ["templates/*"]},
   install_requires=CORE,
   extras_require=EXTRAS,
   entry_points={"console_scripts": ["clip-jax=clip_jax.cli:main"]},

@@ -130,6 +130,8 @@ def get_config():
   config.eval = ConfigDict()
   config.eval.every = 0
   config.eval.batch_size = 256
+  config.eval.data_root = ""
+  config.eval.datasets = ()
   config.eval.retrieval = ConfigDict()
   config.eval.zero_shot = ConfigDict()
 

@@ -79,6 +79,8 @@ def check(config):
       "microbatch at a time, so the gradient would not be that of the whole batch; if memory is short, take more "
       "devices or a Vision Transformer, as fewer images per device at a time are not possible."
     )
+  if config.eval.datasets and not config.eval.data_root:
+    raise ConfigError("config.eval.data_root is empty; it is the folder or bucket that holds config.eval.datasets.")
   for name, item in config.eval.zero_shot.items():
     path = f"config.eval.zero_shot.{name}"
     if not item.classes or not item.templates:
@@ -110,7 +112,7 @@ def _check_mesh(mesh):
 
 # Of parameters, as the modules in models/ name them.
 LOGICAL_AXES = ("embed", "heads", "mlp", "vocab")
-FORMATS = ("auto", "tar", "array_record", "tfds", "parquet", "folder", "emoji")
+FORMATS = ("auto", "tar", "array_record", "tfds", "parquet", "folder", "classes", "emoji")
 MOST_WEIGHTS = 10**6
 
 

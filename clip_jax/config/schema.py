@@ -192,7 +192,7 @@ class ZeroShot:
   path: str = ""
   source: str = "auto"
   classes: tuple[str, ...] = ()
-  templates: tuple[str, ...] = ("a photo of a {}.",)
+  templates: tuple[str, ...] = ("a photo of a {}.",)  # with {} where the class name goes; a class is the mean of its prompts
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,8 @@ class Eval:
 
   every: int = 0  # steps; 0: only at the end
   batch_size: int = 256
+  data_root: str = ""  # the folder or bucket that holds `datasets`
+  datasets: tuple[str, ...] = ()  # data sets and suites by name, as `clip-jax eval` takes them (docs/evaluation.md)
   retrieval: dict[str, Retrieval] = field(default_factory=dict)
   zero_shot: dict[str, ZeroShot] = field(default_factory=dict)
 

@@ -54,10 +54,15 @@ def find(path):
   Returns:
     A `Path` of one of the latter kinds, or None if there is no checkpoint.
   """
-  path = Path(path)
-  steps = [p for p in (path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
-  folder = max(steps, key=lambda p: int(p.name)) if steps else path
+  steps = steps_of(path)
+  folder = steps[-1] if steps else Path(path)
   return folder if (folder / "card").is_dir() else None
+
+
+def steps_of(path):
+  """The checkpoints of a work directory, in the order of their steps; none of another folder."""
+  steps = [p for p in (Path(path) / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+  return sorted(steps, key=lambda p: int(p.name))
 
 
 def read_card(folder):
@@ -100,28 +105,29 @@ def read_json(folder, item):
 
 
 class Params:
-  """The weights of a checkpoint, read one by one, each whole whatever devices it was sharded over.
+  """The weights of a checkpoint, read one by one, each whole whatever devices it was sharded over."""
 
-  They are the moving average of the parameters, if the run kept one, and the parameters otherwise.
-  """
-
-  def __init__(self, folder):
+  def __init__(self, folder, ema=None):
     """Reads what there is.
 
     Args:
       folder: what `find` gave.
+      ema: whether they are the moving average of the parameters; None: if the run kept one.
 
     Raises:
-      UsageError: the arrays cannot be read.
+      UsageError: the arrays cannot be read, or there is no moving average.
     """
     self._folder = Path(folder).absolute() / "state"
     self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     try:
       tree = self._checkpointer.metadata(self._folder).item_metadata.tree
-      self._item = "ema" if "ema" in tree else "params"
+      kept = "ema" in tree
+      self._item = "ema" if kept and ema is not False else "params"
       tree = tree[self._item]
     except Exception as error:  # Orbax and TensorStore raise what they like
       raise UsageError(f"{folder} is not a whole checkpoint: its arrays cannot be read.") from error
+    if ema and not kept:
+      raise UsageError(f"{folder} holds no moving average of the weights; the run had no optimizer.ema_decay.")
     self._digests = read_json(folder, "card").get("digests", {})
     self._waiting = {}
     self._metadata = flax.traverse_util.flatten_dict(tree, sep="/")

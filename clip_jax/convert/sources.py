@@ -47,7 +47,7 @@ class Source:
     return flax.traverse_util.unflatten_dict({name: self.read(name) for name in self.shapes}, sep="/")
 
 
-def find(path, name=None):
+def find(path, name=None, *, ema=None, average=1):
   """Opens weights, whatever wrote them. Shapes are checked; numbers are read one tensor at a time, later.
 
   Args:
@@ -55,19 +55,25 @@ def find(path, name=None):
       (.safetensors, or anything that torch saved).
     name: the model's name, for a file that does not say what it holds: activation, heads and preprocessing leave no
       trace in the tensors.
+    ema: of a run that kept a moving average of its weights, whether to take that; None: yes, if there is one.
+    average: of a work directory, how many of its newest checkpoints to take the mean of (Vaswani et al. 2017, section 6.1).
 
   Returns:
     A `Source`.
 
   Raises:
-    UsageError: it cannot be read, or is not the model it says it is.
+    UsageError: it cannot be read, is not the model it says it is, or does not hold the weights that are asked for.
   """
   path = Path(path)
   if not path.exists():
     raise UsageError(f"{path} does not exist.")
   checkpoint = native.find(path)
+  if average > 1:
+    return _averaged(path, average, ema)
   if checkpoint is not None:
-    return _native(checkpoint)
+    return _native(checkpoint, ema)
+  if ema is not None:
+    raise UsageError(f"{path} is no run or checkpoint of clip_jax, which alone may hold a moving average beside the weights.")
   if path.is_file():
     return _file(path, name)
   if (path / open_clip.CONFIG).is_file():
@@ -84,9 +90,25 @@ def find(path, name=None):
   )
 
 
-def _native(folder):
+def _averaged(path, count, ema):
+  folders = native.steps_of(path)
+  if len(folders) < count:
+    raise UsageError(f"{path} holds {len(folders):,} checkpoints, and the mean of {count:,} was asked for; checkpoint.keep_last keeps more.")
+  parts = [_native(folder, ema) for folder in folders[-count:]]
+
+  def read(name):
+    total = np.zeros(parts[0].shapes[name].shape, np.float64)
+    for part in parts:
+      total += part.read(name)
+    return np.asarray(total / count, parts[0].shapes[name].dtype)
+
+  steps = f"{folders[-count].name} to {folders[-1].name}"
+  return dataclasses.replace(parts[-1], where=f"{path} (mean of the {count} checkpoints {steps})", read=read)
+
+
+def _native(folder, ema=None):
   model, tokenizer = native.read_card(folder)
-  params = native.Params(folder)
+  params = native.Params(folder, ema)
   found = {name: shape.shape for name, shape in params.shapes.items()}
   wanted = {name: shape.shape for name, shape in weights.shapes_of(model).items()}
   if found != wanted:

@@ -10,7 +10,7 @@ from clip_jax.report import plots
 YARDSTICK = "nearest_pixels_"
 DIRECTIONS = {"image_to_text_": "image → text ", "text_to_image_": "text → image "}
 
-_SHARE = re.compile(r"(^|_)(R@\d+|(acc|top)@?\d*|accuracy|recall|precision|mAP|AUC)(_|$)")
+_SHARE = re.compile(r"(^|_)(R@\d+|(acc|top)@?\d*|accuracy|recall|precision|mAP|AUC|ece)(_|$)")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Row:
     yardstick: what the nearest training drawing by pixels reaches, or None.
     set: the evaluation set.
     metric: as in the key ("image_to_text_R@5").
+    standard_error: of the value, or None.
   """
 
   name: str
@@ -32,11 +33,18 @@ class Row:
   yardstick: float | None = None
   set: str = ""
   metric: str = ""
+  standard_error: float | None = None
 
   @property
   def label(self) -> str:
     """The metric for people, without the set."""
     return _metric_label(self.metric)
+
+  @property
+  def result(self) -> str:
+    """The value as it should be read, with its standard error: "20.9% ± 1.2"."""
+    error = "" if self.standard_error is None else f" ± {self.text(self.standard_error).removesuffix('%')}"
+    return self.text(self.value) + error
 
   @property
   def key(self) -> str:
@@ -59,7 +67,7 @@ def results_table(metrics: Mapping[str, float]) -> list[Row]:
   """Turns flat evaluation keys into rows.
 
   Args:
-    metrics: `eval/SET/METRIC` -> number, with `eval/SET/METRIC/chance` and
+    metrics: `eval/SET/METRIC` -> number, with `eval/SET/METRIC/chance`, `eval/SET/METRIC/standard_error` and
       `eval/SET/nearest_pixels_...` beside it or not; other keys are ignored.
 
   Returns:
@@ -67,13 +75,14 @@ def results_table(metrics: Mapping[str, float]) -> list[Row]:
     others; K ascending. A yardstick stands in the row of the image-to-text metric it belongs to,
     or in a row of its own where there is none.
   """
-  values, chances, yardsticks = {}, {}, {}
+  values, chances, errors, yardsticks = {}, {}, {}, {}
   for key, value in metrics.items():
     if not key.startswith("eval/"):
       continue
     name = key.removeprefix("eval/")
-    target = chances if name.endswith("/chance") else values
-    set_, _, metric = name.removesuffix("/chance").rpartition("/")
+    ending = next((ending for ending in ("/chance", "/standard_error") if name.endswith(ending)), "")
+    target = {"/chance": chances, "/standard_error": errors, "": values}[ending]
+    set_, _, metric = name.removesuffix(ending).rpartition("/")
     target[set_, metric] = value
   for set_, metric in list(values):
     if not metric.startswith(YARDSTICK):
@@ -99,6 +108,7 @@ def results_table(metrics: Mapping[str, float]) -> list[Row]:
       yardstick=yardsticks.get((set_, metric)),
       set=set_,
       metric=metric,
+      standard_error=errors.get((set_, metric)),
     )
     for set_, metric in sorted(values, key=order)
   ]

@@ -29,7 +29,7 @@ def print_results(workdir, file=None):
   for row in rows:
     if last not in (None, row.set):
       table.add_section()
-    cells = [row.text(row.value), row.text(row.chance)]
+    cells = [row.result, row.text(row.chance)]
     cells += [row.text(row.yardstick)] if yardstick else []
     table.add_row(row.set if row.set != last else "", row.label.replace("→", "->"), *cells)
     last = row.set

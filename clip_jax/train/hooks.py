@@ -133,7 +133,7 @@ class Evaluate:
     """Prepares.
 
     Args:
-      evaluators: functions from parameters to a dict of metrics and a list of examples.
+      evaluators: functions from parameters to a `clip_jax.evaluate.result.Result`.
       log: the `Log`, which writes what is pending before each evaluation.
       writer: a `MetricsWriter`.
       config: a resolved `Config`.
@@ -157,11 +157,12 @@ class Evaluate:
     with self._clock.paused():
       values, examples = {}, []
       for evaluator in self._evaluators:
-        self._alive(f"evaluation of {evaluator.name}")
-        scores, seen = evaluator(state.weights)
-        values |= scores
-        examples += seen
-        if last:
+        self._alive(f"evaluation of {evaluator.set.name}")
+        found = evaluator(state.weights)
+        values |= found.flat(evaluator.set.name)
+        if "retrieval" in found.details:
+          examples.append(found.details)
+        if last and hasattr(evaluator, "yardstick"):
           values |= evaluator.yardstick()
       self._writer.write(step, step * self._train.global_batch_size, values)
       if examples and jax.process_index() == 0:

@@ -8,11 +8,10 @@ import jax
 
 from clip_jax import config as configs
 from clip_jax.convert.sources import find as find_weights
-from clip_jax.data import dataset, pipeline, sources
+from clip_jax.data import dataset, pipeline
 from clip_jax.errors import DataError, StorageError
+from clip_jax.evaluate import tasks
 from clip_jax.evaluate.encode import Encoder
-from clip_jax.evaluate.retrieval import Retrieval
-from clip_jax.evaluate.zero_shot import ZeroShot
 from clip_jax.files import tell
 from clip_jax.losses import global_batch
 from clip_jax.parallel import agreement, rules
@@ -280,7 +279,7 @@ def evaluation_missing(lines, config, step):
     config: a resolved `Config`.
     step: updates done.
   """
-  if not (hooks.evaluation_due(config, step) and (config.eval.retrieval or config.eval.zero_shot)):
+  if not (hooks.evaluation_due(config, step) and (config.eval.retrieval or config.eval.zero_shot or config.eval.datasets)):
     return False
   return not any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
 
@@ -295,14 +294,6 @@ def create_evaluators(config, mesh, training, alive=lambda: None):
     alive: called for each batch that is encoded.
 
   Returns:
-    A list of functions from parameters to metrics and examples.
+    A list of functions from parameters to a `clip_jax.evaluate.result.Result`.
   """
-  encoder = Encoder(config.model, mesh, config.eval.batch_size, alive)
-  found = [
-    Retrieval(name, sources.create(item.source, item.path), item, encoder, training)
-    for name, item in config.eval.retrieval.items()
-  ]
-  return found + [
-    ZeroShot(name, sources.create(item.source, item.path), item, encoder)
-    for name, item in config.eval.zero_shot.items()
-  ]
+  return tasks.of_config(config, Encoder(config.model, mesh, config.eval.batch_size, alive), training)

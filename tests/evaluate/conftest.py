@@ -83,10 +83,21 @@ def one_at_a_time(params):
 class Given:
   """Stands in for an `Encoder`: the embeddings are given."""
 
-  model = MODEL
+  model, tokenizer, chunk = MODEL, ClipTokenizer(MODEL.text.context_length), BATCH
 
-  def __init__(self, images, texts):
-    self._images, self._texts = np.float32(images), np.float32(texts)
+  def __init__(self, images, texts, scale=100.0):
+    self._images, self._texts, self._scale = np.float32(images), np.float32(texts), scale
+
+  def logit_scale(self, params):
+    return self._scale
+
+  def chunks(self, params, count, load, beside):
+    assert count == len(self._images)
+    for start in range(0, count, self.chunk):
+      rows = range(start, min(start + self.chunk, count))
+      known = np.stack([load(i)[1] for i in rows])
+      assert known.dtype == beside.dtype and known.shape[1:] == beside.shape
+      yield start, self._images[start : start + self.chunk], known
 
   def images(self, params, count, load):
     assert count == len(self._images)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from clip_jax import config as configs
 from clip_jax.data import sources
 from clip_jax.errors import DataError
+from clip_jax.evaluate import datasets
 from clip_jax.evaluate.zero_shot import ZeroShot
 from tests.evaluate.conftest import MESHES, Given, encoder, pictures, placed, png, write_shard
 
@@ -32,8 +32,8 @@ def labelled(path, labels):
 
 
 def evaluator(path, encode, templates=TEMPLATES):
-  config = configs.ZeroShot(classes=CLASSES, templates=templates)
-  return ZeroShot("labelled", sources.create("tar", path), config, encode)
+  source = sources.create("tar", path)
+  return ZeroShot(datasets.given("labelled", source, CLASSES, templates, "config.eval.zero_shot.labelled"), encode)
 
 
 def weights(one_at_a_time):
@@ -59,12 +59,22 @@ def test_classifier_and_accuracy_on_any_mesh(shard, params, one_at_a_time, data,
 
   logits = one_at_a_time.images(PICTURES) @ want.T
   assert np.diff(np.sort(logits, axis=1), axis=1).min() > 1e-5
-  metrics, examples = evaluate(on_mesh)
+  result = evaluate(on_mesh)
   accuracy = np.mean(logits.argmax(axis=1) == LABELS)
   assert 0 < accuracy < 1
-  want_metrics = {"eval/labelled/acc1": accuracy, "eval/labelled/acc1/chance": 1 / 3}
-  assert metrics == pytest.approx(want_metrics)
-  assert examples == []
+  recalls = [np.mean(logits.argmax(axis=1)[np.equal(LABELS, i)] == i) for i in range(3)]
+  found = result.flat("labelled")
+  assert found["eval/labelled/acc1"] == pytest.approx(accuracy) and found["eval/labelled/acc1/chance"] == 1 / 3
+  assert found["eval/labelled/acc1/standard_error"] == pytest.approx(np.sqrt(accuracy * (1 - accuracy) / 11))
+  assert found["eval/labelled/mean_per_class_recall"] == pytest.approx(np.mean(recalls))
+  scaled = np.exp(params["logit_scale"]) * logits
+  confidence = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+  confidence = (confidence / confidence.sum(axis=1, keepdims=True)).max(axis=1)
+  bins = np.minimum((confidence * 15).astype(int), 14)
+  right = logits.argmax(axis=1) == LABELS
+  ece = sum(abs(np.sum(right[bins == b]) - np.sum(confidence[bins == b])) for b in range(15)) / 11
+  assert found["eval/labelled/ece"] == pytest.approx(ece, abs=1e-4)
+  assert "eval/labelled/acc5" not in found and result.details == {}  # of three classes five are all
 
 
 def test_accuracy_counts_the_class_with_the_largest_inner_product(shard):
@@ -74,8 +84,8 @@ def test_accuracy_counts_the_class_with_the_largest_inner_product(shard):
   wrong = np.roll(right, 1, axis=1)
   mixed = np.concatenate([right[:4], wrong[4:]])
   for images, accuracy in ((right, 1), (wrong, 0), (mixed, 4 / 11)):
-    metrics, _ = evaluator(shard, Given(images + 0.3, prompts))(None)
-    assert metrics["eval/labelled/acc1"] == pytest.approx(accuracy)
+    result = evaluator(shard, Given(images + 0.3, prompts))(None)
+    assert result.scores["acc1"].value == pytest.approx(accuracy)
 
 
 def test_classes_are_unit_vectors_however_much_their_prompts_agree(shard):
@@ -96,5 +106,3 @@ def test_a_label_without_a_class_is_named_with_its_record(tmp_path, label):
   assert "config.eval.zero_shot.labelled" in message
 
 
-def test_there_is_no_yardstick(shard):
-  assert evaluator(shard, Given(np.eye(1), np.eye(1))).yardstick() == {}

@@ -7,6 +7,8 @@ import pytest
 
 from clip_jax import config as configs
 from clip_jax.errors import StorageError, UsageError
+from clip_jax.evaluate.datasets import RETRIEVAL, EvaluationSet
+from clip_jax.evaluate.result import Result, Score
 from clip_jax.train import hooks
 from clip_jax.train.progress import Progress, duration
 from tests.conftest import tiny
@@ -62,14 +64,14 @@ class State:
 
 
 class Evaluator:
-  name = "x"
+  set = EvaluationSet("x", RETRIEVAL, None)
 
   def __init__(self):
     self.seen = []
 
   def __call__(self, params):
     self.seen.append(params)
-    return {"eval/x/acc1": 0.5}, [{"retrieval": [{"set": "x"}], "similarity": {"set": "x"}}]
+    return Result(1, {"acc1": Score(0.5)}, details={"retrieval": [{"set": "x"}], "similarity": {"set": "x"}})
 
   def yardstick(self):
     return {"eval/x/nearest_pixels_R@1": 0.25}

@@ -18,6 +18,7 @@ FORMATS = {
   "parquet": ("parquet", "ParquetSource", r"\.parquet$"),
   "tfds": ("tfds", "TfdsSource", r"#\w+$|/\d+\.\d+\.\d+/?$"),
   "folder": ("folder", "FolderSource", r"\.(csv|tsv|jsonl)$|/$|(^|/)[^./*{}\[\]?]+$"),
+  "classes": ("class_folders", "ClassFolderSource", None),
   "emoji": ("tar", "TarSource", None),
 }
 
@@ -28,7 +29,7 @@ def create(name, path, options=None):
   Args:
     name: a format of `FORMATS`; "auto" for what the path says or looks like. "emoji" is the set of the quickstart, and its
       path is a glob inside the folder that is written on first use.
-    path: a glob of files (a folder, for "tfds" and "folder"); with "auto" it may begin with a format, as in "tar:DIR/*".
+    path: a glob of files (a folder, for "tfds", "folder" and "classes"); with "auto" it may begin with a format, as in "tar:DIR/*".
     options: an `Options`; the defaults if not given.
 
   Returns:

@@ -18,7 +18,7 @@ class Record(NamedTuple):
   image: bytes  # encoded
   captions: list[str]  # empty only where there is a label
   key: str  # names the record in messages: shard and member
-  label: int | None = None  # of labelled evaluation sets
+  label: int | tuple[int, ...] | None = None  # of labelled evaluation sets; several where the options say so
   weights: tuple[float, ...] | None = None  # of the captions, where the options give some
   extra: dict | None = None  # what else is stored with it, by name, where the options ask for it
 
@@ -32,6 +32,7 @@ class Options:
       calls a caption by itself, if there are none.
     image: name of the column or feature with the image; found by itself if empty.
     extra: give what else is stored with each record: the keys of a tar's `.json`, other columns or features.
+    multilabel: in tars, a `.npy` with a number for each class, above 0 for those there are, is the label.
     allow_truncated: use the whole records of a tar shard that is cut off.
     storage: what reads bytes.
     log: called with lines of progress; they go to standard error if it is not given.
@@ -40,6 +41,7 @@ class Options:
   captions: tuple[tuple[str, float], ...] = ()
   image: str = ""
   extra: bool = False
+  multilabel: bool = False
   allow_truncated: bool = False
   storage: Storage = dataclasses.field(default_factory=Storage, compare=False)
   log: object = dataclasses.field(default=None, compare=False)

@@ -5,6 +5,7 @@ A record is a run of members that share a name up to its first dot: an image (`.
 """
 
 import contextlib
+import io
 import json
 
 import numpy as np
@@ -52,6 +53,8 @@ class TarSource(RandomAccess):
     """The records at some indices; in the place of one that cannot be read, the `DataError` that says why."""
     places = [self._locate(index) for index in indices]
     ranges = [(path, begin, begin + BLOCK * int(row["blocks"])) for path, begin, row in places]
+    if self._options.multilabel:
+      ranges = [(path, begin, self._next(index, path)) for index, (path, begin, _) in zip(indices, places, strict=True)]
     raw = self._options.storage.read_many(ranges)
     return [self._record(*one) for one in zip(ranges, raw, strict=True)]
 
@@ -70,6 +73,14 @@ class TarSource(RandomAccess):
     shard = int(np.searchsorted(self.index.ends, index, side="right"))
     row = self.index.rows[index]
     return self.paths[shard], BLOCK * int(row["block"]), row
+
+  def _next(self, index, path):
+    # Where the record after this one begins: a `.npy` is no part of what the index takes for a record.
+    if index + 1 < len(self):
+      following, begin, _ = self._locate(index + 1)
+      if following == path:
+        return begin
+    return self._options.storage.size(path)
 
   def _record(self, place, raw):
     path, begin, stop = place
@@ -131,6 +142,8 @@ class TarSource(RandomAccess):
 
     fields = {kind: content(parts[kind]).decode("utf-8", "replace") for kind in parts if is_caption(kind)}
     label = _label(content(parts["cls"]), key) if "cls" in parts else None
+    if self._options.multilabel and "npy" in parts:
+      label = _labels(content(parts["npy"]), key)
     if not fields and label is None:
       raise DataError(f"{key}: no caption ({', '.join(CAPTIONS)}) follows or precedes it.")
     captions, weights = self._captions(fields, key, label)
@@ -173,6 +186,16 @@ def _label(raw, key):
     return int(raw)
   except ValueError:
     raise DataError(f"{key}: its .cls holds {raw[:20]!r} instead of a class number.") from None
+
+
+def _labels(raw, key):
+  try:
+    given = np.load(io.BytesIO(raw), allow_pickle=False)
+    if given.ndim == 1 and given.dtype.kind in "biuf":
+      return tuple(np.flatnonzero(given > 0).tolist())
+  except (ValueError, OSError, EOFError):
+    pass
+  raise DataError(f"{key}: its .npy is not a list of numbers, one for each class.")
 
 
 def _json(text, key):

@@ -25,7 +25,11 @@ PREFIX = "tfds:"
 
 
 class TfdsSource(RandomAccess):
-  """Random access to a split of a data set, in the order of its files."""
+  """Random access to a split of a data set, in the order of its files.
+
+  Attributes:
+    classes: names of its classes, or None.
+  """
 
   def __init__(self, path, options=None):
     """Opens a split.
@@ -48,6 +52,7 @@ class TfdsSource(RandomAccess):
     names = list(dict.fromkeys(os.path.basename(part.filename) for part in parts))
     self._shards = Shards([posixpath.join(folder, name) for name in names], options)
     self._features = _features(builder.info.features, options, folder)
+    self.classes = _classes(builder.info.features)
     self._select(parts, names)
     self.fingerprint = opening.fingerprint(f"tfds {split}", self._shards.paths, self._shards.stamps, options)
 
@@ -184,6 +189,16 @@ def _features(features, options, folder):
     f"Name one with data.image: {', '.join(images) or 'there is none'}.",
   )
   return Features(options, images=image, captions=captions, labels=labels)
+
+
+def _classes(features):
+  # Names of classes, in the order of their numbers, or None.
+  import tensorflow_datasets as tfds
+
+  for name in opening.LABELS:
+    if isinstance(features.get(name), tfds.features.ClassLabel):
+      return tuple(features[name].names)
+  return None
 
 
 def _flat(feature, kinds, name=""):
