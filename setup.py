@@ -69,6 +69,7 @@ EXTRAS = {
     "pytest-xdist>=3.6",
     "regex>=2024.11",
     "ruff>=0.11",
+    "scikit-learn>=1.6",  # probes are compared with its logistic regression, on its digits
     "jax[tpu]>=0.10",  # libtpu: programs are compiled for slices that are not there
   ],
   "torch": TORCH,

@@ -9,7 +9,7 @@ import json
 import sys
 
 from clip_jax.cli import arguments as types
-from clip_jax.cli import data, doctor, evaluation, plan
+from clip_jax.cli import data, doctor, embedding, evaluation, plan
 from clip_jax.errors import StorageError, UsageError, redact
 from clip_jax.files import tell
 
@@ -116,6 +116,7 @@ def _parser():
       "which model a file of tensors holds that does not say so, such as ViT-B-32-quickgelu"
     ))  # fmt: skip
   evaluation.add(verbs, verb)
+  embedding.add(verbs, verb)
   plan.add(verbs, verb)
   doctor.add(verbs, verb)
   return parser

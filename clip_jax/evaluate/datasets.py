@@ -14,7 +14,7 @@ from clip_jax.data.locations import is_remote
 from clip_jax.data.sources.folder import METADATA
 from clip_jax.data.storage import Storage
 from clip_jax.errors import DataError, UsageError, did_you_mean
-from clip_jax.evaluate import prompts, selection
+from clip_jax.evaluate import downloads, prompts, selection
 
 CLASSIFICATION, RETRIEVAL, SELECTION = "zeroshot_classification", "zeroshot_retrieval", "image_caption_selection"
 
@@ -89,7 +89,7 @@ def open_set(name, root, split="test", language="en", alone=True, templates=(), 
 
   Args:
     name: as CLIP_benchmark calls it, or any name of a folder.
-    root: a folder or bucket that holds the set as `NAME`, or as CLIP_benchmark's `wds_NAME` with "-" for "/"; or a path with
+    root: a folder, bucket or web address that holds the set as `NAME`, or as CLIP_benchmark's `wds_NAME` with "-" for "/"; or a path with
       `{dataset}` or `{dataset_cleaned}` in it.
     split: "test" or what the set calls it.
     language: of class names and templates.
@@ -112,7 +112,9 @@ def open_set(name, root, split="test", language="en", alone=True, templates=(), 
     places = list(dict.fromkeys(f"{base}/{folder}" for folder in (name, f"wds_{cleaned}", cleaned, cleaned.rpartition("-")[2])))
     places += [base] if alone else []
   for place in places:
-    found = _open_at(place, name, split, storage)
+    # A root with folders of other sets would look like one with folders of classes.
+    local = downloads.fetch(place, split) if downloads.is_web(place) else place
+    found = local and _open_at(local, name, split, storage, unsplit=place != root.rstrip("/"))
     if found:
       return _described(found, name, place, split, language, templates, lambda: open_set(name, root, "train", language, alone, templates, storage))
   raise UsageError(
@@ -128,7 +130,7 @@ def given(name, source, classes, templates, where):
   return EvaluationSet(name, CLASSIFICATION, source, classes=tuple(classes), templates=tuple(templates), described=where)
 
 
-def _open_at(place, name, split, storage):
+def _open_at(place, name, split, storage, unsplit):
   # (source, task or None, class names or None, templates or None) of what lies at a place, or None.
   selected = selection.find(place, storage)
   if selected:
@@ -143,7 +145,7 @@ def _open_at(place, name, split, storage):
     return source, None, source.classes, None
   if any(_text(storage, f"{place}/{file}") is not None for file in METADATA):
     return sources.create("folder", place, sources.Options(storage=storage)), None, None, None
-  for part in (*SPLITS.get(split, (split,)), *(("",) if split == "test" else ())):
+  for part in (*SPLITS.get(split, (split,)), *(("",) if split == "test" and unsplit else ())):
     with contextlib.suppress(DataError):
       source = sources.create("classes", f"{place}/{part}".rstrip("/"), sources.Options(storage=storage))
       return source, CLASSIFICATION, class_names(source.folders), None

@@ -1,34 +1,19 @@
 """Probes of frozen features: linear, few-shot and nearest neighbours, as functions of arrays.
 
-The linear probe is multinomial logistic regression by L-BFGS, its strength of regularisation chosen on a validation split
-(Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020, appendix A.3).
-
-Everything runs on the first device of this process, in float32 with exact products, so that results are the same however
-many devices there are. Training features must fit there; logits never exist for more than `LOGITS` numbers at a time.
+The linear probe is that of Radford et al. 2021 (Learning Transferable Visual Models From Natural Language Supervision, arXiv
+2103.00020), appendix A.3: logistic regression by L-BFGS, its regulariser chosen on a validation split.
 """
 
-import math
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from clip_jax.errors import DataError
+from clip_jax.evaluate.logistic import MAX_ITERATIONS, Problem, logits, scores
 from clip_jax.evaluate.search import nearest
 
-LOGITS = 1 << 22  # logits held at a time, in training and in scoring
-ROWS = 1 << 14  # and examples, where classes are few
-MAX_ITERATIONS = 1_000  # the paper's
-# Fits end where the gradient is this fraction of the one at zero weights, or where float32 cannot tell better from worse.
-TOLERANCE = 1e-6
-PATIENCE = 10  # iterations that improve neither the objective nor the gradient
-
-PER_DECADE = 8  # values of the regulariser, of which the grid is 10 ** (step / PER_DECADE)
+PER_DECADE = 8  # values of the regulariser; the grid is 10 ** (step / PER_DECADE)
 LIMIT = 6 * PER_DECADE  # steps either way: 1e-6 to 1e6
-STRIDE = 2 * PER_DECADE  # of the first round
-FITS = 2 * LIMIT // STRIDE + 1 + 2 * int(math.log2(STRIDE))  # at most, of a sweep
-ABSENT = -1e30  # score of a class without a training example: below any other, and finite
+STRIDE = 2 * PER_DECADE  # of the first round; a power of two
+FITS = 2 * LIMIT // STRIDE + 1 + 2 * (STRIDE.bit_length() - 1)  # of a sweep, at most
 
 
 def fit(features, labels, classes, regulariser, start=None, max_iterations=MAX_ITERATIONS):
@@ -36,9 +21,10 @@ def fit(features, labels, classes, regulariser, start=None, max_iterations=MAX_I
 
   Minimises the sum over examples of the cross-entropy, plus regulariser / 2 times the sum of squared weights. The bias is not
   penalised. So `regulariser` is the lambda of Radford et al. 2021, appendix A.3, and 1 / C of scikit-learn's
-  `LogisticRegression`. Solved to float32's precision, where scikit-learn's default tolerance may stop far from the optimum.
+  `LogisticRegression`. Solved as far as float32 allows, where scikit-learn's default tolerance may stop far from the optimum.
 
-  A class without a training example gets weights of zero and a bias of `ABSENT`, which stands for the optimum, minus infinity.
+  A class without a training example is allowed: the best bias for it is minus infinity, for which `logistic.ABSENT` stands, and
+  its weights are zero.
 
   Args:
     features: float32 [n, embed].
@@ -56,7 +42,7 @@ def fit(features, labels, classes, regulariser, start=None, max_iterations=MAX_I
       regulariser that is not above 0.
   """
   features, labels = _checked("training", features, labels, classes)
-  return _Problem(features, labels, classes).fit(regulariser, start, max_iterations)[:2]
+  return Problem(features, labels, classes).fit(regulariser, start, max_iterations)[:2]
 
 
 def sweep(train_features, train_labels, valid_features, valid_labels, classes, track=None):
@@ -82,14 +68,13 @@ def sweep(train_features, train_labels, valid_features, valid_labels, classes, t
   """
   train = _checked("training", train_features, train_labels, classes)
   valid = _checked("validation", valid_features, valid_labels, classes, like=train)
-  problem = _Problem(*train, classes)
+  problem = Problem(*train, classes)
 
   def accuracy(regulariser):
     weights, bias, _ = problem.fit(regulariser)
-    right = 0
-    for at, logits in _logits(valid[0], weights, bias):
-      right += int(np.sum(np.argmax(logits, axis=1) == valid[1][at]))
-    return right / len(valid[1])
+    blocks = logits(valid[0], weights, bias)
+    right = [np.argmax(block, axis=1) == valid[1][at] for at, block in blocks]
+    return float(np.mean(np.concatenate(right)))
 
   return _search(accuracy, track)
 
@@ -124,9 +109,9 @@ def linear_probe(train, test, classes, valid=None, seed=0, track=None):
     valid = _checked("validation", *valid, classes, like=train)
     parts, both = [train, valid], [np.concatenate(pair) for pair in zip(train, valid, strict=True)]
   regulariser, tried = sweep(*parts[0], *parts[1], classes, track)
-  weights, bias, iterations = _Problem(*both, classes).fit(regulariser)
-  scores = _scores(test[0], weights, bias)
-  return {"scores": scores, "regulariser": regulariser, "tried": tried, "iterations": iterations}
+  weights, bias, iterations = Problem(*both, classes).fit(regulariser)
+  found = {"scores": scores(test[0], weights, bias), "regulariser": regulariser}
+  return found | {"tried": tried, "iterations": iterations}
 
 
 def few_shot(train, test, classes, shots, seeds=5, regulariser=1 / 0.316):
@@ -148,21 +133,23 @@ def few_shot(train, test, classes, shots, seeds=5, regulariser=1 / 0.316):
     "iterations": a list of those of each fit, "regulariser": as given}.
 
   Raises:
-    DataError: as `fit`, of either split; or fewer than one shot or draw.
+    DataError: as `fit`, of either split; or no shot, or no draw.
   """
   if shots < 1 or seeds < 1:
-    raise DataError(f"a few-shot probe needs at least one shot and one draw, not {shots} and {seeds}.")
+    raise DataError(
+      f"a few-shot probe needs at least one shot and one draw, not {shots} and {seeds}."
+    )
   features, labels = train = _checked("training", *train, classes)
   test = _checked("test", *test, classes, like=train)
-  scores = np.empty((seeds, len(test[0]), classes), np.float32)
+  found = np.empty((seeds, len(test[0]), classes), np.float32)
   chosen, iterations = [], []
   for draw in range(seeds):
     chosen.append(np.flatnonzero(_ranks(labels, draw) < shots))
-    problem = _Problem(features[chosen[-1]], labels[chosen[-1]], classes)
+    problem = Problem(features[chosen[-1]], labels[chosen[-1]], classes)
     weights, bias, count = problem.fit(regulariser)
-    scores[draw] = _scores(test[0], weights, bias)
+    found[draw] = scores(test[0], weights, bias)
     iterations.append(count)
-  return {"scores": scores, "chosen": chosen, "iterations": iterations, "regulariser": regulariser}
+  return {"scores": found, "chosen": chosen, "iterations": iterations, "regulariser": regulariser}
 
 
 def k_nearest(train, test, classes, k=20, temperature=0.07):
@@ -193,151 +180,14 @@ def k_nearest(train, test, classes, k=20, temperature=0.07):
     )
   train = _checked("training", *train, classes)
   test = _checked("test", *test, classes, like=train)
-  found, similarity = nearest(_normalised(test[0]), _normalised(train[0]), k)
+  neighbours, similarity = nearest(_normalised(test[0]), _normalised(train[0]), k)
   votes = np.exp((similarity - similarity[:, :1]) / np.float32(temperature))
   votes /= votes.sum(axis=1, keepdims=True)
-  scores, rows = np.zeros((len(found), classes), np.float32), np.arange(len(found))
-  # Neighbour by neighbour: in a column no place occurs twice, and the order of the sum is fixed.
-  for column, vote in zip(found.T, votes.T, strict=True):
-    scores[rows, train[1][column]] += vote
-  return scores
-
-
-class _Problem:
-  """Training examples on a device, and what is minimised over them.
-
-  Features are centred, and scaled by one number. With a bias that is free, and the regulariser scaled along, the optimum is the same one,
-  and it is reached in several times fewer steps: features of CLIP have a large mean in common.
-  """
-
-  def __init__(self, features, labels, classes):
-    self._present, columns = np.unique(labels, return_inverse=True)
-    if len(self._present) < 2:
-      raise DataError(
-        f"all training examples of the probe are of class {self._present[0]}; it needs two classes at least."
-      )
-    self._classes = classes
-    self._mean = features.mean(axis=0, dtype=np.float64)
-    rows = _rows(len(features), len(self._present))
-    chunks = math.ceil(len(features) / rows)
-    padded = np.zeros((chunks, rows, features.shape[1]), np.float32)
-    squares = 0.0
-    for chunk, start in enumerate(range(0, len(features), rows)):
-      centred = features[start : start + rows] - self._mean
-      squares += float(np.sum(centred**2))
-      padded[chunk, : len(centred)] = centred
-    # Features that are all the same have no scale.
-    self._scale = math.sqrt(squares / features.size) or 1.0
-    padded /= np.float32(self._scale)
-    numbers = np.full(chunks * rows, -1, np.int32)
-    numbers[: len(labels)] = columns
-    self._examples = _put((padded, numbers.reshape(chunks, rows)))
-    self._count = len(features)
-
-  def fit(self, regulariser, start=None, max_iterations=MAX_ITERATIONS):
-    """(weights float32 [embed, classes], bias float32 [classes], iterations) of the optimum."""
-    if not (regulariser > 0 and math.isfinite(regulariser)):
-      raise DataError(f"the regulariser of a probe is a number above 0, not {regulariser}.")
-    weights = np.zeros((len(self._mean), self._classes))
-    bias = np.full(self._classes, ABSENT)
-    bias[self._present] = 0
-    if start is not None:
-      weights = np.asarray(start[0], np.float64) * self._scale
-      bias = np.asarray(start[1], np.float64) + self._mean @ np.asarray(start[0], np.float64)
-    inside = np.float32(weights[:, self._present]), np.float32(bias[self._present])
-    scaled = np.float32(regulariser / self._scale**2)
-    problem = (*self._examples, *_put((np.float32(self._count), scaled)))
-    found = jax.device_get(_minimise(problem, _put(inside), _put(np.int32(max_iterations))))
-    weights, bias = np.zeros_like(weights), np.full_like(bias, ABSENT)
-    weights[:, self._present] = np.float64(found["weights"]) / self._scale
-    bias[self._present] = found["bias"] - self._mean @ weights[:, self._present]
-    return np.float32(weights), np.float32(bias), int(found["iterations"])
-
-
-def _value_and_gradient(parameters, problem):
-  """The objective over the number of examples, and its gradient, a chunk of logits at a time."""
-  chunks, labels, count, regulariser = problem
-
-  def losses(parameters, features, labels):
-    weights, bias = parameters
-    logits = jnp.matmul(features, weights, precision=jax.lax.Precision.HIGHEST) + bias
-    right = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
-    # Padding has labels below zero.
-    return jnp.sum(jnp.where(labels >= 0, jax.nn.logsumexp(logits, axis=1) - right, 0))
-
-  def add(gradient, chunk):
-    loss, more = jax.value_and_grad(losses)(parameters, *chunk)
-    return jax.tree.map(jnp.add, gradient, more), loss
-
-  nothing = jax.tree.map(jnp.zeros_like, parameters)
-  (weights, bias), loss = jax.lax.scan(add, nothing, (chunks, labels))
-  penalty = regulariser / 2 * jnp.sum(parameters[0] ** 2)
-  gradient = (weights + regulariser * parameters[0]) / count, bias / count
-  return (jnp.sum(loss) + penalty) / count, gradient
-
-
-@jax.custom_vjp
-def _objective(parameters, problem):
-  return _value_and_gradient(parameters, problem)[0]
-
-
-# Differentiated as it is, a scan would keep the logits of all chunks.
-_objective.defvjp(
-  _value_and_gradient,
-  lambda gradient, scale: (jax.tree.map(lambda leaf: leaf * scale, gradient), None),
-)
-
-
-@jax.jit
-def _minimise(problem, start, max_iterations):
-  solver = optax.lbfgs()
-
-  def size(gradient):
-    return jnp.maximum(*(jnp.max(jnp.abs(leaf)) for leaf in gradient))
-
-  zeros = jax.tree.map(jnp.zeros_like, start)
-  tolerance = TOLERANCE * size(_value_and_gradient(zeros, problem)[1])
-  value, gradient = _value_and_gradient(start, problem)
-
-  def unfinished(now):
-    stalled = now["iterations"] - now["improved"] >= PATIENCE
-    return (now["iterations"] < max_iterations) & (now["smallest"] > tolerance) & ~stalled
-
-  def step(now):
-    updates, solver_state = solver.update(
-      now["gradient"],
-      now["solver"],
-      now["parameters"],
-      value=now["value"],
-      grad=now["gradient"],
-      value_fn=_objective,
-      problem=problem,
-    )
-    parameters = optax.apply_updates(now["parameters"], updates)
-    # The line search has evaluated where it stopped.
-    value, gradient = solver_state[-1].value, solver_state[-1].grad
-    flatter, lower = size(gradient) < now["smallest"], value < now["lowest"]
-    iterations = now["iterations"] + 1
-    return {
-      "parameters": parameters,
-      "value": value,
-      "gradient": gradient,
-      "solver": solver_state,
-      "iterations": iterations,
-      # A last line search that fails may end anywhere. Near the optimum gradients tell more than values do in float32.
-      "best": jax.tree.map(
-        lambda new, old: jnp.where(flatter, new, old), parameters, now["best"]
-      ),
-      "smallest": jnp.where(flatter, size(gradient), now["smallest"]),
-      "lowest": jnp.where(lower, value, now["lowest"]),
-      "improved": jnp.where(flatter | lower, iterations, now["improved"]),
-    }
-
-  begin = {"parameters": start, "value": value, "gradient": gradient, "solver": solver.init(start)}
-  begin |= {"best": start, "smallest": size(gradient), "lowest": value}
-  begin |= {"iterations": jnp.int32(0), "improved": jnp.int32(0)}
-  end = jax.lax.while_loop(unfinished, step, begin)
-  return {"weights": end["best"][0], "bias": end["best"][1], "iterations": end["iterations"]}
+  shares, rows = np.zeros((len(neighbours), classes), np.float32), np.arange(len(neighbours))
+  # A rank at a time: each example has one neighbour of a rank, so nothing is added twice at once.
+  for column, vote in zip(neighbours.T, votes.T, strict=True):
+    shares[rows, train[1][column]] += vote
+  return shares
 
 
 def _search(accuracy, track=None):
@@ -355,40 +205,6 @@ def _search(accuracy, track=None):
   # At an end of the range there is less to try, and a bar of progress is still to be closed.
   list(progress)
   return 10 ** (peak / PER_DECADE), [(10 ** (step / PER_DECADE), a) for step, a in found.items()]
-
-
-@jax.jit
-def _product(features, weights, bias):
-  return jnp.matmul(features, weights, precision=jax.lax.Precision.HIGHEST) + bias
-
-
-def _logits(features, weights, bias):
-  """Pairs of a slice of the examples and their logits."""
-  rows = _rows(len(features), len(bias))
-  weights, bias = _put((weights, bias))
-  for start in range(0, len(features), rows):
-    part = features[start : start + rows]
-    block = np.zeros((rows, features.shape[1]), np.float32)
-    block[: len(part)] = part
-    logits = np.asarray(_product(_put(block), weights, bias))[: len(part)]
-    yield slice(start, start + len(part)), logits
-
-
-def _scores(features, weights, bias):
-  scores = np.empty((len(features), len(bias)), np.float32)
-  for at, logits in _logits(features, weights, bias):
-    scores[at] = logits
-  return scores
-
-
-def _rows(count, classes):
-  """Rows of a chunk: within the bounds, and such that little of the last one is padding."""
-  most = max(1, min(ROWS, LOGITS // classes))
-  return math.ceil(count / math.ceil(count / most))
-
-
-def _put(arrays):
-  return jax.device_put(arrays, jax.local_devices()[0])
 
 
 def _normalised(features):
@@ -437,8 +253,14 @@ def _checked(split, features, labels, classes, like=None):
   # A sum in float64 cannot overflow, and makes no copy of what may be gigabytes.
   if not np.isfinite(features.sum(dtype=np.float64)):
     first = next(i for i, row in enumerate(features) if not np.isfinite(row).all())
-    raise DataError(f"the {split} split of the probe has features that are not finite, of example {first} first.")
-  wrong = ~((labels >= 0) & (labels < classes) & (labels == labels.astype(np.int64)))
+    raise DataError(
+      f"the {split} split of the probe has features that are not finite, of example {first} first."
+    )
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise DataError(
+      f"the labels of the {split} split of the probe are {labels.dtype}, not whole numbers."
+    )
+  wrong = (labels < 0) | (labels >= classes)
   if wrong.any():
     first = int(np.argmax(wrong))
     raise DataError(

@@ -1,14 +1,18 @@
 """Data sets in the layouts that others write them in: CLIP_benchmark's, TFDS's, folders, lists, SugarCrepe's, Winoground's."""
 
+import functools
+import http.server
 import io
 import json
 import shutil
+import threading
+import typing
 
 import numpy as np
 import pytest
 
 from clip_jax.errors import DataError, UsageError
-from clip_jax.evaluate import datasets, prompts
+from clip_jax.evaluate import datasets, downloads, prompts
 from clip_jax.evaluate.selection import Selection
 from clip_jax.evaluate.zero_shot import ZeroShot
 from tests.evaluate.conftest import Given, pictures, png, write_shard
@@ -206,3 +210,56 @@ def test_a_list_that_is_none_is_named(tmp_path):
   (tmp_path / "sugar_crepe.json").write_text('[{"filename": 1}]')
   with pytest.raises(DataError, match=r"sugar_crepe\.json is not a list of pictures with two captions"):
     datasets.open_set("sugar_crepe", str(tmp_path))
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+  """Serves files, those that begin with /hub by way of a redirection; it fails once for each tar."""
+
+  failed: typing.ClassVar = set()
+
+  def do_GET(self):
+    if self.path.startswith("/hub/"):
+      self.send_response(302)
+      self.send_header("Location", self.path.removeprefix("/hub"))
+      self.send_header("Content-Length", "0")
+      self.end_headers()
+    elif self.path.endswith(".tar") and self.path not in self.failed:
+      self.failed.add(self.path)
+      self.send_error(503)
+    else:
+      super().do_GET()
+
+  def log_message(self, *_):
+    """Says nothing."""
+
+
+def test_a_set_of_a_web_server_is_copied_once(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
+  webdataset(tmp_path / "www/wds_vtab-three", LABELLED, classnames=CLASSES)
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path / "www")))
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  root = f"http://127.0.0.1:{server.server_port}/hub/wds_{{dataset_cleaned}}"
+  try:
+    found = datasets.open_set("vtab/three", root)
+    assert found.classes == CLASSES and [record.image for record in found.source] == PNGS
+    assert "3 of 3 shards" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="vtab/three: no data set in http://127.0.0.1"):
+      found.train()
+    with pytest.raises(UsageError, match="vtab/four: no data set in http://127.0.0.1"):
+      datasets.open_set("vtab/four", root)
+    (tmp_path / "www/wds_vtab-three/test/2.tar").unlink()
+    assert len(datasets.open_set("vtab/three", root).source) == 6  # of the copy
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(DataError, match=r"2\.tar is not there, though nshards\.txt tells of 3"):
+      datasets.open_set("vtab/three", root)
+  finally:
+    server.shutdown()
+  assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_addresses_of_the_hub():
+  page = "https://huggingface.co/datasets/clip-benchmark/wds_mnist"
+  for address in (page, f"{page}/", f"{page}/tree/main", f"{page}/resolve/main"):
+    assert downloads.address(address) == f"{page}/resolve/main"
+  assert downloads.address(f"{page}/tree/v2") == f"{page}/resolve/v2"
+  assert downloads.address("https://example.com/sets/mnist/") == "https://example.com/sets/mnist"

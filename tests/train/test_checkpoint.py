@@ -91,7 +91,22 @@ def test_a_run_with_a_moving_average_goes_on_bit_for_bit(tmp_path, name):
   checkpoints.close()
   assert_same(restored, before)
   assert jax.tree.structure(restored) == jax.tree.structure(state)
-  assert_same(train(restored, 2), train(state, 2))
+  later = train(restored, 2)
+  assert_same(later, train(state, 2))
+
+  # The weights themselves can be had, too, and the mean of checkpoints of either.
+  assert_same(sources.find(tmp_path, ema=False).params(), before.params)
+  assert_same(sources.find(tmp_path, ema=True).params(), before.ema)
+  again = checkpoint.Checkpoints(tmp_path, config)
+  again.save(3, later, records=77)
+  again.wait()
+  again.close()
+  for ema, kept in ((None, "ema"), (False, "params")):
+    source = sources.find(tmp_path, ema=ema, average=2)
+    assert "mean of the 2 checkpoints 2 to 3" in source.where
+    halves = [np.float64(getattr(one, kept)["image"]["projection"]) for one in (before, later)]
+    np.testing.assert_array_equal(source.params()["image"]["projection"], np.float32(np.add(*halves) / 2))
+  shutil.rmtree(tmp_path / "checkpoints/3")
 
   # What the model is used with, and what another run starts from, is the average.
   source, fresh = sources.find(tmp_path), states.create(config, mesh)

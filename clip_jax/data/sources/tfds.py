@@ -5,6 +5,7 @@ copied for it, so that the data may be in a bucket. Images stay encoded. An exam
 written here, by their paths: of `captions: Sequence({"text": Text()})` all texts are in `captions/text`.
 """
 
+import contextlib
 import json
 import os
 import posixpath
@@ -129,6 +130,9 @@ def _builder(storage, folder):
         f"{folder} is in the format {formats[0]}, which only TensorFlow reads. Prepare it with --file_format={FORMAT}, "
         f"or convert it: tfds convert_format --dataset_dir={folder} --out_file_format={FORMAT} --out_path=DIR."
       )
+    for name in opening.LABELS:  # names of classes are in a file of their own
+      with contextlib.suppress(DataError):
+        files[f"{name}.labels.txt"] = storage.read(f"{folder}/{name}.labels.txt")
     with tempfile.TemporaryDirectory() as copy:
       for name, content in files.items():
         Path(copy, name).write_bytes(content)
@@ -196,7 +200,7 @@ def _classes(features):
   import tensorflow_datasets as tfds
 
   for name in opening.LABELS:
-    if isinstance(features.get(name), tfds.features.ClassLabel):
+    if name in features and isinstance(features[name], tfds.features.ClassLabel):
       return tuple(features[name].names)
   return None
 

@@ -123,6 +123,7 @@ def test_nested_features_and_labels(tmp_path):
   for record in TfdsSource(str(folder)).fetch(range(10)):
     i = int(record.captions[0].removeprefix("deep "))
     assert (record.image, record.label) == (pixels(i), i % 2)
+  assert TfdsSource(str(folder)).classes == ("a", "b")
 
 
 def test_encoded_images_as_strings(tmp_path):
