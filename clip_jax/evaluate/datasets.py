@@ -6,11 +6,14 @@ A set is in one of these layouts, looked for in this order: CLIP_benchmark's web
 
 import contextlib
 import dataclasses
+import json
 import os
+import re
 from collections.abc import Callable
 
 from clip_jax.data import sources
 from clip_jax.data.locations import is_remote
+from clip_jax.data.sources.class_folders import ClassFolderSource
 from clip_jax.data.sources.folder import METADATA
 from clip_jax.data.storage import Storage
 from clip_jax.errors import DataError, UsageError, did_you_mean
@@ -140,11 +143,15 @@ def _open_at(place, name, split, storage, unsplit):
   for part in SPLITS.get(split, (split,)):
     if _text(storage, f"{place}/{part}/nshards.txt") is not None:
       return _webdataset(place, part, name, storage)
-  if _text(storage, f"{place}/dataset_info.json") is not None:
-    source = _tfds(place, split, storage)
-    return source, None, source.classes, None
+  version = _version(place, storage)
+  if version:
+    source = _tfds(version, split, storage)
+    return source, None, source.classes and class_names(source.classes), None
   if any(_text(storage, f"{place}/{file}") is not None for file in METADATA):
     return sources.create("folder", place, sources.Options(storage=storage)), None, None, None
+  objectnet = _objectnet(place, storage)
+  if objectnet:
+    return objectnet
   for part in (*SPLITS.get(split, (split,)), *(("",) if split == "test" and unsplit else ())):
     with contextlib.suppress(DataError):
       source = sources.create("classes", f"{place}/{part}".rstrip("/"), sources.Options(storage=storage))
@@ -163,6 +170,32 @@ def _webdataset(place, split, name, storage):
   lists = [_text(storage, f"{place}/{file}.txt") for file in ("classnames", "zeroshot_classification_templates")]
   names, templates = (tuple(line.strip() for line in text.splitlines() if line.strip()) if text else None for text in lists)
   return source, CLASSIFICATION, names, templates
+
+
+def _objectnet(place, storage):
+  # As it is unpacked: of its 313 classes the 113 that its own mapping finds in ImageNet, by the names it gives them.
+  texts = [_text(storage, f"{place}/mappings/{name}.json") for name in ("folder_to_objectnet_label", "objectnet_to_imagenet_1k")]
+  if None in texts:
+    return None
+  try:
+    labels, known = map(json.loads, texts)
+    names = {folder: label.lower() for folder, label in labels.items() if label in known}
+  except (ValueError, AttributeError, TypeError) as error:
+    raise DataError(f"{place}/mappings cannot be parsed ({error}).") from error
+  source = ClassFolderSource(f"{place}/images", sources.Options(storage=storage), names)
+  return source, CLASSIFICATION, tuple(names[folder] for folder in source.folders), None
+
+
+def _version(place, storage):
+  # The folder of the newest version of a TFDS data set, which may be below those of its name and its configuration.
+  for below in ("", "*/", "*/*/"):
+    with contextlib.suppress(DataError):
+      return max(storage.expand(os.path.expanduser(f"{place}/{below}dataset_info.json")), key=_natural).rpartition("/")[0]
+  return None
+
+
+def _natural(path):
+  return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def _tfds(place, split, storage):

@@ -17,8 +17,8 @@ from clip_jax.parallel import rules
 
 THREADS = 16  # that load images
 NOTHING = np.zeros(0, np.int32)  # is known of an image that is only embedded
-# Lengths that texts are cut to: a causal tower's end token sees nothing that comes after it, and most captions are short.
-LENGTHS = (8, 10, 12, 14, 16, 20, 24, 32, 48)
+# Lengths that texts are cut to, a program each: a causal tower's end token sees nothing that comes after it, and most texts are short.
+LENGTHS = (8, 10, 12, 16, 24, 40)
 
 
 class Encoder:

@@ -15,6 +15,7 @@ from clip_jax.errors import DataError, UsageError
 from clip_jax.evaluate import datasets, downloads, prompts
 from clip_jax.evaluate.selection import Selection
 from clip_jax.evaluate.zero_shot import ZeroShot
+from tests.data.sources.test_tfds import features, prepare
 from tests.evaluate.conftest import Given, pictures, png, write_shard
 
 PNGS = [png(picture) for picture in pictures(6)]
@@ -147,6 +148,32 @@ def test_folders_called_as_imagenets_have_its_class_names(tmp_path):
   found = datasets.open_set("imagenetv2", str(tmp_path))
   assert found.classes == prompts.classes("imagenet1k")
   assert [found.source[i].label for i in (4, 20, 1_999)] == [2, 10, 999]
+
+
+def test_objectnet_as_it_is_unpacked_has_the_classes_that_imagenet_has(tmp_path):
+  folder = tmp_path / "objectnet"
+  class_folders(folder / "images", ["alarm_clock", "band_aid", "wheel"])
+  (folder / "mappings").mkdir()
+  labels = {"alarm_clock": "Alarm clock", "band_aid": "Band Aid", "wheel": "Wheel"}
+  (folder / "mappings/folder_to_objectnet_label.json").write_text(json.dumps(labels))
+  (folder / "mappings/objectnet_to_imagenet_1k.json").write_text(json.dumps({"Band Aid": "Band Aid", "Alarm clock": "analog clock; digital clock"}))
+  found = datasets.open_set("objectnet", str(tmp_path))
+  assert found.classes == ("alarm clock", "band aid") and [record.label for record in found.source] == [0, 0, 1, 1]
+  assert found.templates == prompts.templates("imagenet1k")
+
+
+def test_a_set_of_tfds_by_its_name(tmp_path):
+  kinds = {"image": features.Image(), "label": features.ClassLabel(names=["n02123045", "n01440764"])}
+
+  def row(i):
+    return {"image": io.BytesIO(PNGS[i]), "label": i % 2}
+
+  folder = prepare(tmp_path / "written", kinds, row, splits={"train": range(4), "validation": range(6)})
+  for version in ("2.9.0", "2.10.0"):
+    shutil.copytree(folder, tmp_path / "imagenet2012" / version)
+  found = datasets.open_set("imagenet2012", str(tmp_path))
+  assert found.classes == ("tabby cat", "tench") and len(found.templates) == 80 and len(found.source) == 6
+  assert "2.10.0" in found.source._shards.paths[0] and len(found.train().source) == 4
 
 
 def test_lists_of_files_with_labels_or_captions(tmp_path):

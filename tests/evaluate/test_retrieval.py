@@ -4,6 +4,8 @@ import base64
 import io
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -301,3 +303,28 @@ def test_of_five_thousand_images_five_parts_are_scored_as_well():
   assert more["text_to_image_R@5_1k"].value == pytest.approx(np.mean([f[1] for f in folds]))
   assert more["text_to_image_R@5_1k"].value > scores["text_to_image_R@5"].value
   assert more["text_to_image_R@5_1k"].standard_error == pytest.approx(np.sqrt(0.25 / 8_000), rel=0.5)
+
+
+COCO = """
+import resource, sys, time
+import numpy as np
+from clip_jax.evaluate.retrieval import both_ways
+
+random = np.random.default_rng(0)
+image = random.normal(size=(5_000, 512)).astype(np.float32)
+owners = np.repeat(np.arange(5_000), 5)
+text = (image[owners] + 8 * random.normal(size=(25_000, 512))).astype(np.float32)
+both_ways(image[:8], text[:40], owners[:40])  # JAX itself is loaded
+before = int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+start = time.perf_counter()
+scores = both_ways(image, text, owners)[0]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, scores["text_to_image_R@5"].value, time.perf_counter() - start)
+"""
+
+
+@pytest.mark.slow
+def test_coco_takes_less_than_a_gibibyte_beyond_its_embeddings():
+  done = subprocess.run([sys.executable, "-c", COCO], check=True, capture_output=True, text=True)
+  kibibytes, recall, seconds = map(float, done.stdout.split())
+  print(f"{kibibytes / 2**10:.0f} MiB, {seconds:.1f} s")
+  assert kibibytes < 2**20 and 0.1 < recall < 0.9

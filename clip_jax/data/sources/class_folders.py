@@ -19,12 +19,13 @@ class ClassFolderSource(RandomAccess):
     folders: names of the folders in the order of their numbers: by name, or by number where all of them are numbers.
   """
 
-  def __init__(self, path, options=None):
+  def __init__(self, path, options=None, only=None):
     """Lists the images; none is opened.
 
     Args:
       path: the folder that holds the classes; local, gs:// or s3://.
       options: an `Options`, the defaults if not given.
+      only: names of folders to read; all if not given.
 
     Raises:
       DataError: there is no image in a folder of it.
@@ -37,6 +38,8 @@ class ClassFolderSource(RandomAccess):
     except DataError:
       found = []
     found = [file for file in found if file.lower().endswith(ENDINGS)]
+    if only is not None:
+      found = [file for file in found if posixpath.basename(posixpath.dirname(file)) in only]
     if not found:
       raise DataError(f"{self._path}: no image in a folder of it; DIR/CLASS/IMAGE.jpg would be one.")
     owners = [posixpath.basename(posixpath.dirname(file)) for file in found]

@@ -10,6 +10,9 @@ PLACE = "{c}"  # of the class name in a template
 PLAIN = ("a photo of a {c}.",)
 # Sets that are described like another one.
 SAME_TEMPLATES = dict.fromkeys(("imagenetv2", "imagenet_sketch", "imagenet-a", "imagenet-r", "objectnet"), "imagenet1k")
+SAME_TEMPLATES |= dict.fromkeys(("imagenet2012", "imagenet_v2", "imagenet_a", "imagenet_r"), "imagenet1k")  # in TFDS
+SAME_TEMPLATES |= {"oxford_iiit_pet": "pets", "oxford_flowers102": "flowers", "cars196": "cars"}
+SAME_TEMPLATES |= {"svhn_cropped": "svhn", "patch_camelyon": "pcam"}
 SAME_CLASSES = dict.fromkeys(("imagenetv2", "imagenet_sketch"), "imagenet1k") | {"vtab/caltech101": "caltech101_vtab"}
 
 
