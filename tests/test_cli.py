@@ -36,7 +36,7 @@ def test_help_imports_no_jax(verb):
   assert done.stdout.splitlines()[-1] == "[]"
 
 
-VERBS = ["models", "export", "import", "data index", "data bench", "data inspect", "data convert", "report", "plan", "doctor"]
+VERBS = ["models", "export", "import", "eval", "embed", "data index", "data bench", "data inspect", "data convert", "report", "plan", "doctor"]
 
 
 @pytest.mark.parametrize("verb", map(str.split, VERBS), ids=" ".join)

@@ -134,20 +134,20 @@ class Part:
     self._token = secrets.token_hex(4)
     columns = folder.settings["columns"]
     self._schema = pa.schema([(name, pa.int64() if name in INTEGERS else pa.string()) for name in columns])
-    self._open = contextlib.ExitStack()
 
   def __enter__(self):
-    opened = self._open.enter_context
-    for what in (*self._folder.arrays.values(), METADATA, BAD):
-      path = self._folder.file(what, self._number)
-      path.parent.mkdir(exist_ok=True)
-      path.unlink(missing_ok=True)  # it is not of a whole part
-      self._open.callback(self._temporary(what).unlink, missing_ok=True)
-    self._arrays = {kind: opened(self._temporary(what).open("wb")) for kind, what in self._folder.arrays.items()}
-    for file in self._arrays.values():
-      file.write(self._header())
-    self._bad = opened(self._temporary(BAD).open("w", encoding="utf-8"))
-    self._table = opened(pq.ParquetWriter(str(self._temporary(METADATA)), self._schema, compression="zstd"))
+    with contextlib.ExitStack() as opened:
+      for what in (*self._folder.arrays.values(), METADATA, BAD):
+        path = self._folder.file(what, self._number)
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)  # it is not of a whole part
+        opened.callback(self._temporary(what).unlink, missing_ok=True)
+      self._arrays = {kind: opened.enter_context(self._temporary(what).open("wb")) for kind, what in self._folder.arrays.items()}
+      for file in self._arrays.values():
+        file.write(self._header())
+      self._bad = opened.enter_context(self._temporary(BAD).open("w", encoding="utf-8"))
+      self._table = opened.enter_context(pq.ParquetWriter(str(self._temporary(METADATA)), self._schema, compression="zstd"))
+      self._open = opened.pop_all()
     return self
 
   def __exit__(self, *_):
