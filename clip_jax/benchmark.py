@@ -1,5 +1,6 @@
 """Models on the benchmarks they are known by: scores, their errors, comparisons, and the files that hold them."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -17,9 +18,9 @@ from clip_jax.data.locations import cache_folder, cache_key
 from clip_jax.errors import UsageError
 from clip_jax.evaluate import datasets, tasks, uncertainty
 from clip_jax.evaluate.encode import Encoder
-from clip_jax.files import read_json, write_text
-from clip_jax.parallel import digest, rules
+from clip_jax.files import read_json, write_bytes, write_text
 from clip_jax.parallel import mesh as meshes
+from clip_jax.parallel import rules
 
 FORMAT = 1  # of results.json
 KEYS = ("model", "pretrained", "dataset", "task", "language", "split")  # what a row is about
@@ -80,7 +81,7 @@ class Loaded:
     self.params = on_all(host, mesh)
     self.kept = {}
     if jax.process_count() == 1:  # others might find another file there
-      self.kept = Classifiers(cache_key(*(f"{digest.of_array(leaf)}" for leaf in jax.tree.leaves(host["text"]))))
+      self.kept = Classifiers(source.digest(host))
 
 
 def run_name(where):
@@ -128,14 +129,10 @@ class Classifiers:
     self._known[key] = value
     content = io.BytesIO()
     np.save(content, value)
-    try:
-      path = self._path(key)
+    path = self._path(key)
+    with contextlib.suppress(OSError):  # it is made again the next time
       path.parent.mkdir(parents=True, exist_ok=True)
-      temporary = path.with_suffix(".tmp")
-      temporary.write_bytes(content.getvalue())
-      temporary.replace(path)
-    except OSError:  # it is made again the next time
-      pass
+      write_bytes(path, content.getvalue())
 
   def _path(self, key):
     return cache_folder("classifiers") / f"{cache_key(self._weights, json.dumps(key))}.npy"

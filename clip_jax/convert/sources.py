@@ -1,6 +1,7 @@
 """Anything that weights come from: which model it is, and its parameters one by one."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 from clip_jax import config as configs
 from clip_jax import files
 from clip_jax.convert import containers, huggingface, native, open_clip, openai, weights
+from clip_jax.data.locations import cache_key
 from clip_jax.data.tokenizer_files import FileTokenizer
 from clip_jax.errors import DataError, UsageError, did_you_mean
 from clip_jax.models import zoo
+from clip_jax.parallel import digest
 
 # In the order they are looked for, in a folder of Hugging Face or open_clip.
 HUGGINGFACE_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
@@ -45,6 +48,18 @@ class Source:
   def params(self):
     """All parameters, as the nested dict that `CLIP` takes."""
     return flax.traverse_util.unflatten_dict({name: self.read(name) for name in self.shapes}, sep="/")
+
+  def digest(self, params=None):
+    """A name for all that embeddings depend on: numbers, sizes, preprocessing, and the words of the tokenizer.
+
+    Args:
+      params: what `params` gave, if it is at hand; the weights are read otherwise.
+    """
+    known = {} if params is None else flax.traverse_util.flatten_dict(params, sep="/")
+    sizes = {name: value for name, value in configs.to_dict(self.model).items() if name not in ("name", "tokenizer")}
+    tokenizer = self.tokenizer.to_dict() if self.tokenizer else None
+    arrays = [f"{name} {digest.of_array(known[name] if name in known else self.read(name))}" for name in sorted(self.shapes)]
+    return cache_key(json.dumps([sizes, tokenizer], sort_keys=True), *arrays)
 
 
 def find(path, name=None, *, ema=None, average=1):

@@ -13,19 +13,15 @@ another, and who was killed makes its unfinished part again: each record is in t
 import contextlib
 import dataclasses
 import itertools
-import json
 
 import numpy as np
 
 import clip_jax
-from clip_jax import config as configs
 from clip_jax.data import images
-from clip_jax.data.locations import cache_key
 from clip_jax.embedding.folder import DTYPE, METADATA, Folder, Part
 from clip_jax.embedding.reading import TOGETHER, Records
 from clip_jax.errors import DataError, StorageError, redact, redacted
 from clip_jax.evaluate.encode import NOTHING
-from clip_jax.parallel import digest
 
 FORMAT = 1  # of embed.json
 # Records whose texts are sorted by length together, and whose metadata are a row group. Bits depend on it, so it is one number for
@@ -127,18 +123,10 @@ def describe(encoder, model, source, request):
   columns = ["key", "index", *["image_path"] * ("image" in kinds), *["caption"] * captions, *["label"] * labels]
   told = {"clip_jax": clip_jax.__version__, "model": model.model.name, "layout": model.layout, "where": model.where, "source": request.path}
   return redacted(
-    {"format": FORMAT, **told, "weights": _weights(model), "fingerprint": source.fingerprint, "records": len(source)}
+    {"format": FORMAT, **told, "weights": model.digest(), "fingerprint": source.fingerprint, "records": len(source)}
     | {"part_size": request.part_size, "parts": -(-len(source) // request.part_size), "batch_size": encoder.chunk}
     | {"embeddings": kinds, "embed_dim": encoder.model.embed_dim, "dtype": DTYPE.name, "columns": columns}
   )
-
-
-def _weights(model):
-  # A name for all of a model that embeddings depend on: numbers, sizes, preprocessing, and the words of its tokenizer.
-  sizes = {name: value for name, value in configs.to_dict(model.model).items() if name not in ("name", "tokenizer")}
-  tokenizer = model.tokenizer.to_dict() if model.tokenizer else None
-  arrays = [f"{name} {digest.of_array(model.read(name))}" for name in sorted(model.shapes)]
-  return cache_key(json.dumps([sizes, tokenizer], sort_keys=True), *arrays)
 
 
 def _make(folder, number, encoder, params, source, progress):
