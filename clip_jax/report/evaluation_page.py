@@ -209,7 +209,7 @@ def _reliability(found: Evaluation) -> list[drawn.Plane]:
 def _confusions(part: Details) -> dict[str, Any]:
   pairs = sorted(part.confusions, key=lambda pair: -pair["count"])
   shown = [
-    pair | {"count": f"{pair['count']:,}", "pictures": [page._image(uri) for uri in pair["pictures"][:PICTURES]]}
+    pair | {"count": f"{pair['count']:,}", "pictures": [page.image_uri(uri) for uri in pair["pictures"][:PICTURES]]}
     for pair in pairs[:PAIRS]
   ]
   return {"dataset": part.dataset, "model": part.model, "pairs": shown, "left_out": len(pairs) - len(shown)}
@@ -232,7 +232,7 @@ def _classes(part: Details) -> dict[str, Any]:
 
 def _gallery(part: Details, place: int) -> dict[str, Any]:
   try:
-    shown = [page._query(query) for query in part.gallery[:QUERIES]]
+    shown = [page.retrieval_query(query) for query in part.gallery[:QUERIES]]
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise UsageError(f"the gallery of details[{place}] does not have the expected shape ({error!r}).") from None
   return {"dataset": part.dataset, "model": part.model, "queries": shown, "left_out": len(part.gallery) - len(shown)}

@@ -299,7 +299,7 @@ def _accuracy_chart(set_, rows: list[Row], curves, domain) -> plots.Chart:
   )
 
 
-def _image(uri: Any) -> str | None:
+def image_uri(uri: Any) -> str | None:
   """The data URI of a raster picture, or None: nothing else may end up in a src."""
   return uri if isinstance(uri, str) and _IMAGE.fullmatch(uri) else None
 
@@ -309,7 +309,7 @@ def _examples(path: Path, examples: Mapping[str, Any]) -> dict[str, Any]:
     retrieval = examples.get("retrieval") or []
     gallery = {}
     for query in retrieval[:GALLERY_LIMIT]:
-      gallery.setdefault(str(query["set"]), []).append(_query(query))
+      gallery.setdefault(str(query["set"]), []).append(retrieval_query(query))
     similarity = _heat_map(examples["similarity"]) if examples.get("similarity") else None
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise ValueError(f"{path} does not have the expected shape: {error!r}.") from None
@@ -320,10 +320,11 @@ def _examples(path: Path, examples: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _query(query: Mapping[str, Any]) -> dict[str, Any]:
+def retrieval_query(query: Mapping[str, Any]) -> dict[str, Any]:
+  """A picture and the captions it found, checked, as templates show them."""
   scores = [number(answer, "score") for answer in query["top"]]
   return {
-    "image": _image(query["image"]),
+    "image": image_uri(query["image"]),
     "caption": str(query["caption"]),
     "answers": [
       {"caption": str(a["caption"]), "score": _cosine(s), "correct": bool(a["correct"])}
@@ -354,7 +355,7 @@ def _heat_map(similarity: Mapping[str, Any]) -> dict[str, Any]:
   paired = len(images) == len(captions)
   return {
     "set": str(similarity["set"]),
-    "images": [_image(uri) for uri in images],
+    "images": [image_uri(uri) for uri in images],
     "low": _cosine(low),
     "high": _cosine(high),
     "right": int((best == np.arange(len(images))).sum()) if paired else None,
