@@ -89,9 +89,9 @@ def _parser():
   verb(verbs, "models", _models, _show_models, "List the models known by name.", "clip-jax models")
   data.add(verbs, verb)
   report = verb(
-    verbs, "report", _report, _show_report, "Write report.html of a run.", "clip-jax report runs/quickstart"
+    verbs, "report", _report, _show_report, "Write report.html of a run, or the page of results of `eval`.", "clip-jax report runs/quickstart"
   )
-  report.add_argument("workdir", help="the run's work directory")
+  report.add_argument("workdir", help="the run's work directory; or results.csv")
   export = verb(
     verbs, "export", _export, _show_export,
     "Write a model for others: OpenAI's .pt file, open_clip's hub folder, a Hugging Face folder, StableHLO or ONNX.",
@@ -150,8 +150,10 @@ def _show_models(found):
 
 
 def _report(arguments):
-  from clip_jax.report import page
+  from clip_jax.report import evaluation_page, page
 
+  if arguments.workdir.endswith((".csv", ".json")):
+    return {"report": str(evaluation_page.write(arguments.workdir.removesuffix(".csv").removesuffix(".json") + ".json"))}
   try:
     return {"report": str(page.write(arguments.workdir))}
   except (FileNotFoundError, ValueError) as error:

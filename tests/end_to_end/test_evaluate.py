@@ -99,6 +99,18 @@ def test_the_files_have_clip_benchmarks_columns_and_keep_what_is_there(place, tm
     assert [row["model"] for row in csv.DictReader(file)] == ["other", "other", "model", "model"]
 
 
+def test_the_page_can_be_made_again(place, tmp_path, capsys):
+  output = tmp_path / "results.csv"
+  assert cli.main(arguments(place, output)) == 0
+  page = (tmp_path / "results.html").read_text()
+  (tmp_path / "results.html").unlink()
+  assert cli.main(["report", str(output)]) == 0
+  assert (tmp_path / "results.html").read_text() == page
+  (tmp_path / "results.json").unlink()
+  assert cli.main(["report", str(output)]) == 2
+  assert "results.json" in capsys.readouterr().err
+
+
 def test_two_models_are_compared_on_the_same_examples(place, tmp_path, capsys):
   output = tmp_path / "results.csv"
   command = arguments(place, output, "--task", "auto", "--json")
