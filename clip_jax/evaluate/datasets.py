@@ -147,24 +147,30 @@ def _open_at(place, name, split, storage, unsplit):
   if version:
     source = _tfds(version, split, storage)
     return source, None, source.classes and class_names(source.classes), None
-  if any(_text(storage, f"{place}/{file}") is not None for file in METADATA):
-    return sources.create("folder", place, sources.Options(storage=storage)), None, None, None
-  objectnet = _objectnet(place, storage)
+  options = sources.Options(storage=storage)
+  whole = [place] if split == "test" else []  # what has no splits is a test split, and never what a probe is trained on
+  folders = [f"{place}/{part}" for part in SPLITS.get(split, (split,))]
+  for folder in folders + whole:
+    if any(_text(storage, f"{folder}/{file}") is not None for file in METADATA):
+      return sources.create("folder", folder, options), None, None, None
+  objectnet = whole and _objectnet(place, storage)
   if objectnet:
     return objectnet
-  for part in (*SPLITS.get(split, (split,)), *(("",) if split == "test" and unsplit else ())):
+  for folder in folders + whole * unsplit:
     with contextlib.suppress(DataError):
-      source = sources.create("classes", f"{place}/{part}".rstrip("/"), sources.Options(storage=storage))
+      source = sources.create("classes", folder, options)
       return source, CLASSIFICATION, class_names(source.folders), None
   return None
 
 
 def _webdataset(place, split, name, storage):
-  shards = int(_text(storage, f"{place}/{split}/nshards.txt"))
+  shards = _text(storage, f"{place}/{split}/nshards.txt").strip()
+  if not shards.isdecimal() or not int(shards):
+    raise DataError(f"{place}/{split}/nshards.txt holds {shards[:20]!r} instead of the number of shards.")
   kind = (_text(storage, f"{place}/dataset_type.txt") or "").strip().lower()
   multilabel = kind == "multilabel" or name in MULTILABEL
   options = sources.Options(storage=storage, multilabel=multilabel)
-  source = sources.create("tar", f"{place}/{split}/{{0..{shards - 1}}}.tar", options)
+  source = sources.create("tar", f"{place}/{split}/{{0..{int(shards) - 1}}}.tar", options)
   if kind == "retrieval":
     return selection.Lines(source), RETRIEVAL, None, None
   lists = [_text(storage, f"{place}/{file}.txt") for file in ("classnames", "zeroshot_classification_templates")]

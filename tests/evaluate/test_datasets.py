@@ -80,6 +80,14 @@ def test_other_languages_take_known_prompts_and_not_what_lies_with_the_data(tmp_
     datasets.open_set("mnist", str(tmp_path), language="cn")
 
 
+@pytest.mark.parametrize("text", ["", "many", "0", "-1"])
+def test_a_number_of_shards_that_is_none(tmp_path, text):
+  webdataset(tmp_path / "x", LABELLED, classnames=CLASSES)
+  (tmp_path / "x/test/nshards.txt").write_text(text)
+  with pytest.raises(DataError, match=r"nshards\.txt holds .* instead of the number of shards"):
+    datasets.open_set("x", str(tmp_path))
+
+
 def test_a_template_without_a_place_is_named_with_its_file(tmp_path):
   webdataset(tmp_path / "x", LABELLED, classnames=CLASSES, zeroshot_classification_templates=["a photo"])
   with pytest.raises(UsageError, match=r"x: the template 'a photo' has no \{c\}"):
@@ -182,8 +190,14 @@ def test_lists_of_files_with_labels_or_captions(tmp_path):
     (tmp_path / name / "one.png").write_bytes(PNGS[0])
     (tmp_path / name / "metadata.csv").write_text(f"file_name,{header}\none.png,{value}\n")
   assert datasets.open_set("described", str(tmp_path)).task == datasets.RETRIEVAL
+  # Without splits it is a test split, and nothing to train a probe on.
+  with pytest.raises(UsageError, match="described: no data set in"):
+    datasets.open_set("described", str(tmp_path), split="train")
   with pytest.raises(UsageError, match="the class names of labelled are not known"):
     datasets.open_set("labelled", str(tmp_path))
+  shutil.copytree(tmp_path / "described", tmp_path / "described/train")
+  found = datasets.open_set("described", str(tmp_path))
+  assert found.train().source.fingerprint != found.source.fingerprint and found.train().split == "train"
 
 
 def test_what_is_not_there_is_told_with_where_it_was_looked_for(tmp_path):
