@@ -65,17 +65,18 @@ class Loaded:
     kept: a place for text classifiers.
   """
 
-  def __init__(self, source, batch_size):
+  def __init__(self, source, batch_size, progress=lambda done, count: None):
     """Reads the weights.
 
     Args:
       source: a `clip_jax.convert.sources.Source`.
       batch_size: rows that a device takes at a time.
+      progress: as `Encoder` takes it.
     """
     mesh = everywhere()
     rows = batch_size * len(mesh.devices.ravel())
     self.where, self.name = source.where, source.model.name or run_name(source.where)
-    made = functools.partial(Encoder, source.model, mesh, rows, tokenizer=source.tokenizer)
+    made = functools.partial(Encoder, source.model, mesh, rows, progress, tokenizer=source.tokenizer)
     self.encoder, self.features = made(), made(normalize=False)
     host = source.params()
     self.params = on_all(host, mesh)
@@ -185,7 +186,7 @@ def evaluate(model, held_out, names, track=None):
       yield name, probes(name, track)
 
 
-def run(models, request, output=None, track=None, tell=lambda text: None):
+def run(models, request, output=None, track=None, told=None):
   """Scores models on sets; what is done is on disk before the next one begins.
 
   Args:
@@ -194,7 +195,7 @@ def run(models, request, output=None, track=None, tell=lambda text: None):
     output: a path of a CSV file with CLIP_benchmark's columns. Beside it a `.json` holds everything; rows of others that are
       there already are kept.
     track: as in `evaluate`.
-    tell: called with a line when something begins.
+    told: an object with `begin(what)`, called when a set begins, and `progress(done, count)`, called as it goes on.
 
   Returns:
     A dict of "rows", "comparisons", "details" (results.json, docs/evaluation.md) and "missing".
@@ -206,9 +207,10 @@ def run(models, request, output=None, track=None, tell=lambda text: None):
   sets, missing = open_sets(request)
   outcomes = {}
   for source in models:
-    model = Loaded(source, request.batch_size)
+    model = Loaded(source, request.batch_size, *([told.progress] if told else []))
     for held_out in sets:
-      tell(f"{model.name}: {held_out.name}")
+      if told:
+        told.begin(f"{model.name}: {held_out.name}")
       for task, result in evaluate(model, held_out, request.tasks, track):
         subject = dict(zip(KEYS, (model.name, model.where, held_out.name, task, held_out.language, held_out.split), strict=True))
         results.add(subject, result)

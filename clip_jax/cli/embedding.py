@@ -71,7 +71,7 @@ def _embed(arguments):
   devices = jax.local_devices()
   mesh = benchmark.everywhere(devices)
   with Progress(request, embedding.Stopped) as progress:
-    encoder = Encoder(model.model, mesh, arguments.batch_size * len(devices), progress.check, tokenizer=model.tokenizer)
+    encoder = Encoder(model.model, mesh, arguments.batch_size * len(devices), lambda *_: progress.check(), tokenizer=model.tokenizer)
     return embedding.embed(encoder, benchmark.on_all(model.params(), mesh), model, source, request, progress)
 
 

@@ -1,7 +1,9 @@
 """`clip-jax eval`: models on the benchmarks they are known by."""
 
 import argparse
+import contextlib
 import sys
+import time
 
 from clip_jax import files
 from clip_jax.cli import arguments as types
@@ -9,6 +11,7 @@ from clip_jax.cli import arguments as types
 EPILOG = """
 A data set is a folder of the root: in CLIP_benchmark's webdataset layout, in TFDS's, a folder for each class, or a list of files
 with captions. Suites: imagenet, imagenet_robustness, vtab, vtab+, retrieval, sugar_crepe (docs/evaluation.md)."""
+SECONDS_BETWEEN_LINES = 10
 TASKS = ("auto", "linear_probe", "fewshot_linear_probe", "knn")
 
 
@@ -69,8 +72,7 @@ def _eval(arguments):
   )  # fmt: skip
   models = benchmark.open_models(arguments.models, arguments.model, arguments.ema, arguments.average_checkpoints)
   first = jax.process_index() == 0
-  told = files.tell if first and sys.stderr.isatty() else lambda text: None
-  found = benchmark.run(models, request, arguments.output, types.tracker("fitting"), told)
+  found = benchmark.run(models, request, arguments.output, types.tracker("fitting"), Told() if first else None)
   for name, why in found["missing"]:
     files.tell(f"left out: {name}. {why}")
   if arguments.output and first:
@@ -79,6 +81,30 @@ def _eval(arguments):
     found["output"] = arguments.output
     found["page"] = str(evaluation_page.write(arguments.output.removesuffix(".csv") + ".json"))
   return found | {"first": first}
+
+
+class Told:
+  """Says on standard error what is evaluated, and of what takes long how far it is."""
+
+  def __init__(self, file=None, now=time.monotonic):
+    """Prepares; `file` is standard error if not given, and `now` a clock in seconds."""
+    self._file, self._now = file or sys.stderr, now
+    self._what, self._begun, self._said, self._first = "", None, None, 0
+
+  def begin(self, what):
+    """Something else is evaluated from now on."""
+    self._what, self._begun = what, None
+
+  def progress(self, done, count):
+    """How many of its images, or of the texts of a length, are done."""
+    now = self._now()
+    if self._begun is None or done <= self._first:  # the first batch's time is that of compiling
+      self._begun, self._first, self._said = now, done, self._said or now
+    elif now - self._said >= SECONDS_BETWEEN_LINES:
+      self._said = now
+      rate = (done - self._first) / max(now - self._begun, 1e-9)
+      with contextlib.suppress(OSError):
+        print(f"{self._what}  {done:,}/{count:,}  {rate:,.0f}/s  {(count - done) / rate:,.0f} s left", file=self._file, flush=True)
 
 
 def _show(found):

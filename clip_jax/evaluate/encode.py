@@ -24,19 +24,19 @@ LENGTHS = (8, 10, 12, 16, 24, 40)
 class Encoder:
   """Both towers as functions of batches, compiled once for images and once for each length of texts."""
 
-  def __init__(self, model, mesh, batch_size, alive=lambda: None, normalize=True, tokenizer=None):
+  def __init__(self, model, mesh, batch_size, progress=lambda done, count: None, normalize=True, tokenizer=None):
     """Prepares the jitted towers.
 
     Args:
       model: a resolved `clip_jax.config.Model`.
       mesh: the device mesh.
       batch_size: rows encoded at a time over all devices; a multiple of the batch shards.
-      alive: called for each batch.
+      progress: called for each batch with how many rows of a set, or of texts of a length, are done, and how many there are.
       normalize: whether rows get unit length.
       tokenizer: the model's, if it is not the one that the config names.
     """
     module = CLIP(model)
-    self._alive = alive
+    self._progress = progress
     self.model, self.mesh, self.batch_size = model, mesh, batch_size
     self.tokenizer = tokenizer or tokenizer_for(model)
     self.chunk = batch_size // meshes.batch_shards(mesh)  # rows of a device
@@ -150,5 +150,5 @@ class Encoder:
 
   def _on_host(self, start, arrays, count):
     embeddings, beside = (np.asarray(array)[: count - start] for array in arrays)
-    self._alive()
+    self._progress(start + len(embeddings), count)
     return start, embeddings, beside

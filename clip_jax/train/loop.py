@@ -296,4 +296,4 @@ def create_evaluators(config, mesh, training, alive=lambda: None):
   Returns:
     A list of functions from parameters to a `clip_jax.evaluate.result.Result`.
   """
-  return tasks.of_config(config, Encoder(config.model, mesh, config.eval.batch_size, alive), training)
+  return tasks.of_config(config, Encoder(config.model, mesh, config.eval.batch_size, lambda *_: alive()), training)

@@ -1,6 +1,7 @@
 """`clip-jax eval` in real processes: the same numbers on any number of devices and hosts, and what it says of bad input."""
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from clip_jax import cli
+from clip_jax.cli import evaluation
 from tests.convert import models
 from tests.end_to_end.runs import ROOT, finish, start_together
 
@@ -97,6 +99,23 @@ def test_the_files_have_clip_benchmarks_columns_and_keep_what_is_there(place, tm
     assert cli.main(again) == 0
   with output.open() as file:
     assert [row["model"] for row in csv.DictReader(file)] == ["other", "other", "model", "model"]
+
+
+def test_what_takes_long_says_how_far_it_is():
+  seconds, file = [0.0], io.StringIO()
+  told = evaluation.Told(file, now=lambda: seconds[0])
+  told.begin("emoji: imagenet1k")
+  for done in range(64, 50_000, 64):
+    seconds[0] += 0.05
+    told.progress(done, 50_000)
+  lines = file.getvalue().splitlines()
+  assert len(lines) == 3 and all(line.startswith("emoji: imagenet1k  ") and "/50,000  1,280/s" in line for line in lines)
+  assert lines[0].endswith("29 s left") and lines[-1].endswith("9 s left")
+  told.begin("emoji: digits")
+  for done in (64, 128, 180):
+    seconds[0] += 0.1
+    told.progress(done, 180)
+  assert file.getvalue().splitlines() == lines  # what is quick is not talked about
 
 
 def test_the_page_can_be_made_again(place, tmp_path, capsys):
