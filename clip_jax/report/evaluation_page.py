@@ -163,7 +163,10 @@ def _tiles(
   if not groups:
     return []
   sets = len({group[0].dataset for group in groups})
-  items = sum(max(row.items or 0 for row in group) for group in groups)
+  largest = {}  # a set may have been looked at in several ways
+  for row in (row for group in groups for row in group):
+    largest[row.dataset, row.split] = max(row.items or 0, largest.get((row.dataset, row.split), 0))
+  items = sum(largest.values())
   tiles = [page.Tile("data set" if sets == 1 else "data sets", f"{sets:,}", f"{plots.compact(items, 3)} items" if items else "")]
   for chart in charts[:3]:
     own = [bar for bar in chart.bars if bar.width is not None and not bar.published]
