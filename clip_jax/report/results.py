@@ -118,7 +118,7 @@ def _metric_label(metric: str) -> str:
   for prefix, words in DIRECTIONS.items():
     if metric.startswith(prefix):
       return words + metric.removeprefix(prefix).replace("_", " ")
-  return metric.replace("_", " ")
+  return "ECE, its calibration error" if metric == "ece" else metric.replace("_", " ")
 
 
 def family(metric: str) -> str:
