@@ -54,7 +54,7 @@ def run(config, workdir, name="", profile=None, compiled=None, tell=lambda what,
   tell("data", _data(ready, config))
   tell("examples", _examples(ready.data, config, mesh, start))
   for evaluator in ready.evaluators:
-    tell("evaluation", f"{evaluator.name}: {len(evaluator.source):,} images")
+    tell("evaluation", f"{evaluator.set.name}: {len(evaluator.set.source):,} images")
   if ready.weights:
     states.check_start(described.params, config, ready.weights)
     tell("init_from", f"{train.init_from}: {ready.weights.layout}, {size.parameters(ready.weights.model) / 1e6:,.1f} M parameters")
