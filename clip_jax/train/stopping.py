@@ -36,7 +36,13 @@ class Signals:
       signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not one of Python's
 
   def training(self):
-    """Says that from now on there is something to save."""
+    """Says that from now on there is something to save.
+
+    Raises:
+      Stopped: a signal has come, and what it raised was lost.
+    """
+    if self.received is not None:
+      raise Stopped
     self._training = True
 
   def _receive(self, number, _):

@@ -1,5 +1,7 @@
 """Runs of `main.py` in real processes, as tests start, watch and compare them."""
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -13,11 +15,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from clip_jax import cli
 from tests.conftest import COMPILED
 
 ROOT = Path(__file__).parents[2]
+# tensorboardX imports torch where it is installed: two seconds of every process, for nothing that training uses.
+WITHOUT_TORCH = str(Path(__file__).parent / "without_torch")
 RECIPE = "tests/end_to_end/recipe.py"
 STEPS = 40  # of the recipe
+
+
+def environment_of(cache, devices=1):
+  """Environment variables of a process of a run.
+
+  Args:
+    cache: a folder for what the project keeps between runs.
+    devices: how many it has.
+  """
+  path = os.pathsep.join(filter(None, (WITHOUT_TORCH, os.environ.get("PYTHONPATH"))))
+  variables = {"JAX_NUM_CPU_DEVICES": str(devices), "CLIP_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+  return {**os.environ, **variables, "JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
 
 
 def starter(data, cache, program=("main.py",)):
@@ -25,7 +42,7 @@ def starter(data, cache, program=("main.py",)):
 
   Args:
     data: what it trains on.
-    cache: a folder for what the project keeps between runs.
+    cache: as `environment_of`.
     program: arguments of Python.
 
   Returns:
@@ -34,8 +51,7 @@ def starter(data, cache, program=("main.py",)):
 
   def start(workdir, *overrides, devices=1, environment=()):
     command = [sys.executable, *program, f"--config={RECIPE}", f"--workdir={workdir}", f"--config.data.path={data}", *overrides]
-    variables = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "CLIP_JAX_CACHE": str(cache)}
-    variables |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(COMPILED), **dict(environment)}
+    variables = {**environment_of(cache, devices), **dict(environment)}
     return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
   return start
@@ -89,8 +105,8 @@ def final_state(workdir):
 
 def exported(workdir, folder):
   """The bytes that `clip-jax export --to open_clip` makes of a run."""
-  command = [sys.executable, "-m", "clip_jax.cli", "export", str(workdir), str(folder), "--to", "open_clip"]
-  subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+  with contextlib.redirect_stdout(io.StringIO()):
+    assert cli.main(["export", str(workdir), str(folder), "--to", "open_clip"]) == 0
   return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 

@@ -16,11 +16,12 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.conftest import COMPILED, write_colors
+from tests.conftest import write_colors
 from tests.end_to_end.runs import (
   RECIPE,
   ROOT,
   assert_same_run,
+  environment_of,
   final_state,
   finish,
   start_together,
@@ -183,8 +184,7 @@ def test_on_two_then_three_then_one_process_the_examples_are_those_of_an_undistu
     started = []
     for i in range(processes):
       log = {"EXAMPLES_LOG": str(tmp_path / f"{workdir.name}-{processes}-{i}.jsonl")}
-      variables = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "CLIP_JAX_CACHE": str(tmp_path)}
-      variables |= {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), **shared, **log}
+      variables = {**environment_of(tmp_path), **shared, **log}
       variables |= {"JAX_PROCESS_ID": str(i)} if shared else {}
       started.append(subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     if steps:

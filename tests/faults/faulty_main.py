@@ -3,6 +3,7 @@
 SLOW=SECONDS        each part of a batch takes that much longer to load: there is time to do something to the run
 POISON=WORD         the loss of a batch that has the word in a caption is not a number
 SPIKE=WORD          the loss of a batch that has it is a hundred times what it should be
+LAST=SECONDS        waits that long before each new attempt to save at the end of the run
 CLOCK=STEP:SECONDS  from that batch on, the clock on the wall is that much off; several are separated by commas
 """
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from clip_jax.data import pipeline
 from clip_jax.data.tokenizer import ClipTokenizer
+from clip_jax.train import hooks
 from clip_jax.train import step as steps
 
 load, loss_with, wall_clock = pipeline.Loader.__call__, steps.loss_with, time.time
@@ -50,6 +52,8 @@ def bad_loss_with(config, mesh):
   return loss
 
 
+if "LAST" in os.environ:
+  hooks.Save.LAST = len(hooks.Save.LAST) * (float(os.environ["LAST"]),)
 pipeline.Loader.__call__ = slow
 steps.loss_with = bad_loss_with
 time.time = lambda: wall_clock() + off[0]

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import COMPILED, write_colors
+from tests.conftest import write_colors
 from tests.data import buckets
 from tests.end_to_end.runs import (
   RECIPE,
   ROOT,
   all_lines,
   assert_same_run,
+  environment_of,
   exported,
   finish,
   starter,
@@ -67,7 +68,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_checkpoint_and_it_goe
   """A real file system with 5 MB free: one checkpoint of 3.5 MB fits, and not a second one."""
   if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
     pytest.skip("this system lets nobody mount a file system of his own")
-  command = f"{sys.executable} main.py --config={RECIPE} --workdir=DISK/run --config.data.path={colors}"
+  command = f"{sys.executable} -m tests.faults.faulty_main --config={RECIPE} --workdir=DISK/run --config.data.path={colors}"
   script = f"""
     mkdir DISK && mount -t tmpfs -o size=16m tmpfs DISK && head -c 11000000 /dev/zero > DISK/filler
     {command}; echo code $?
@@ -76,8 +77,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_checkpoint_and_it_goe
     {command}; echo code $?
     cp -r DISK/run OUT
   """.replace("DISK", str(tmp_path / "disk")).replace("OUT", str(tmp_path / "run"))
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "CLIP_JAX_CACHE": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
-  done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+  done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env={**environment_of(tmp_path), "LAST": "0.5"}, capture_output=True, text=True, timeout=400)
   assert done.stdout.count("code 1") == done.stdout.count("code 0") == 1, (done.stdout, done.stderr)
   assert done.stdout.index("code 1") < done.stdout.index("\n5\n") < done.stdout.index("code 0")
   assert "No space left on device" in done.stderr

@@ -43,15 +43,15 @@ def train(shape, count=3, **sections):
   return config, state, measured
 
 
-@pytest.fixture(scope="module")
-def alone():
-  return train((1, 1, 1))
+@functools.cache
+def trained(shape=(1, 1, 1)):
+  """Of the plain config, for all who ask."""
+  return train(shape)
 
 
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
-def test_every_mesh_gives_the_one_device_result(alone, shape):
-  _, want, want_metrics = alone
-  _, got, metrics = train(shape)
+def test_every_mesh_gives_the_one_device_result(shape):
+  (_, want, want_metrics), (_, got, metrics) = trained(), trained(shape)
   for ours, theirs in zip(metrics, want_metrics, strict=True):
     for name, value in theirs.items():
       np.testing.assert_allclose(ours[name], value, rtol=2e-4, err_msg=name)
@@ -99,15 +99,14 @@ def test_the_first_step_is_the_gradient_of_the_dense_loss():
   config = resolved()
   mesh = meshes.create(config, jax.devices()[:1])
   state = states.create(config, mesh)
-  module, params = CLIP(config.model), jax.device_get(state.params)
+  params = jax.device_get(state.params)
   images, tokens = inputs(config.model, rows=16, seed=0)
-  image, text, scale = module.apply({"params": params}, images, tokens)
-  want, of_embeddings = dense_softmax(image, text, scale)
+  towers = jax.jit(lambda p: CLIP(config.model).apply({"params": p}, images, tokens))  # not a program for each operation
+  want, of_embeddings = dense_softmax(*towers(params))
 
   # Chain rule by hand: the float64 gradient of the loss, pulled back through the towers.
-  _, pull_back = jax.vjp(lambda p: module.apply({"params": p}, images, tokens), params)
-  gradients = pull_back(tuple(jnp.float32(g) for g in of_embeddings[:3]))[0]
-  norm = float(optax.global_norm(gradients))
+  pull_back = jax.jit(lambda p, given: jax.vjp(towers, p)[1](given)[0])
+  norm = float(optax.global_norm(pull_back(params, tuple(jnp.float32(g) for g in of_embeddings[:3]))))
 
   _, metrics = steps.create(config, mesh)(state, {"images": images, "tokens": tokens})
   np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
@@ -237,7 +236,7 @@ def test_duplicates_are_hidden_by_their_captions():
   state = states.create(config, mesh)
   images, tokens = inputs(config.model, rows=16)
   tokens[8:] = tokens[:8]
-  image, text, scale = CLIP(config.model).apply({"params": state.params}, images, tokens)
+  image, text, scale = jax.jit(CLIP(config.model).apply)({"params": state.params}, images, tokens)
   want, _ = dense_softmax(image, text, scale, keys=np.arange(16) % 8)
   _, metrics = steps.create(config, mesh)(state, {"images": images, "tokens": tokens})
   np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
@@ -301,7 +300,7 @@ def parts(state):
 
 def test_finite_steps_are_computed_as_without_looking(monkeypatch):
   """Skipping is a choice between two states, and no change of either: to the bit what a step without it computes."""
-  _, state, measured = train((1, 1, 1))
+  _, state, measured = trained()
   monkeypatch.setattr(steps, "keep_if", lambda good, new, old: new.replace(step=old.step + 1))
   _, plain, plainly = train((1, 1, 1))
   for ours, theirs in zip(jax.tree.leaves((state, measured)), jax.tree.leaves((plain, plainly)), strict=True):
@@ -328,7 +327,7 @@ def test_what_is_left_out_depends_on_the_step_and_the_row_alone():
 
 
 def test_state_lies_where_the_rules_say():
-  _, state, _ = train((2, 2, 2), count=1)
+  _, state, _ = trained((2, 2, 2))
   block = state.params["image"]["transformer"]["block_0"]
   expected = {
     "mlp_in": (block["mlp_in"]["kernel"], PartitionSpec("fsdp", "tensor")),
@@ -371,9 +370,6 @@ RESNET = {
 }
 
 
-UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
-
-
 @functools.cache
 def resnet_step(shape):
   config = resolved(shape, **RESNET)
@@ -381,7 +377,7 @@ def resnet_step(shape):
   described, rows = states.describe(config, mesh)[0], rules.batch_sharding(mesh)
   shapes = {"images": ((16, 32, 32, 3), jnp.uint8), "tokens": ((16, 12), jnp.int32)}
   batch = {name: jax.ShapeDtypeStruct(*given, sharding=rows) for name, given in shapes.items()}
-  return config, mesh, described, steps.create(config, mesh).lower(described, batch).compile(compiler_options=UNOPTIMIZED)
+  return config, mesh, described, steps.create(config, mesh).lower(described, batch).compile()
 
 
 def resnet_start():
@@ -478,8 +474,8 @@ def test_a_locked_resnet_keeps_its_running_statistics():
   optimizer, _ = optimizers.create(config)
   zero = jnp.zeros((), jnp.int32)
   state = states.TrainState(zero, params, optimizer.init(params), None, zero, zero)
-  step = jax.jit(steps.train_step(config, mesh)).lower(state, batch).compile(compiler_options=UNOPTIMIZED)
+  step = jax.jit(steps.train_step(config, mesh)).lower(state, batch).compile()
   after, metrics = step(state, batch)
   jax.tree.map(np.testing.assert_array_equal, after.params["image"], params["image"])
-  image, text, scale = CLIP(config.model).apply({"params": params}, images, tokens)  # as at inference
+  image, text, scale = jax.jit(CLIP(config.model).apply)({"params": params}, images, tokens)  # as at inference
   np.testing.assert_allclose(metrics["loss"], dense_softmax(image, text, scale)[0], rtol=1e-5)

@@ -55,3 +55,25 @@ def test_one_process_does_what_it_wishes_and_asks_no_device():
       assert votes.cast(stop=False, save=True, busy=False) == {"save"}
     assert votes.cast(stop=True, save=True, busy=False) == {"stop", "save"}
     assert votes.cast(stop=True, save=True, busy=True) == {"stop"}
+
+
+def test_a_signal_whose_exception_was_lost_stops_before_the_first_step():
+  """Python drops what is raised in a finalizer, or in a callback of its garbage collector."""
+  code = """
+import os, signal, sys
+from clip_jax.train import stopping
+
+class Late:
+  def __del__(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+with stopping.Signals() as signals:
+  Late()
+  print("goes on")
+  try:
+    signals.training()
+  except stopping.Stopped:
+    sys.exit(75)
+"""
+  done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+  assert done.returncode == 75 and done.stdout == "goes on\n", done.stderr
