@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import functools
 import io
 import itertools
 import json
@@ -76,8 +75,8 @@ class Loaded:
     mesh = everywhere()
     rows = batch_size * len(mesh.devices.ravel())
     self.where, self.name = source.where, source.model.name or run_name(source.where)
-    made = functools.partial(Encoder, source.model, mesh, rows, progress, tokenizer=source.tokenizer)
-    self.encoder, self.features = made(), made(normalize=False)
+    self.encoder = Encoder(source.model, mesh, rows, progress, tokenizer=source.tokenizer)
+    self.features = Encoder(source.model, mesh, rows, progress, normalize=False, tokenizer=self.encoder.tokenizer)
     host = source.params()
     self.params = on_all(host, mesh)
     self.kept = {}
@@ -186,6 +185,16 @@ def evaluate(model, held_out, names, track=None):
       yield name, probes(name, track)
 
 
+class Quiet:
+  """Stands in for who says how far it is."""
+
+  def begin(self, what):
+    """Says nothing."""
+
+  def progress(self, done, count):
+    """Says nothing."""
+
+
 def run(models, request, output=None, track=None, told=None):
   """Scores models on sets; what is done is on disk before the next one begins.
 
@@ -195,7 +204,7 @@ def run(models, request, output=None, track=None, told=None):
     output: a path of a CSV file with CLIP_benchmark's columns. Beside it a `.json` holds everything; rows of others that are
       there already are kept.
     track: as in `evaluate`.
-    told: an object with `begin(what)`, called when a set begins, and `progress(done, count)`, called as it goes on.
+    told: an object as `Quiet`, which it is if not given: `begin` is called when a set begins, and `progress` as it goes on.
 
   Returns:
     A dict of "rows", "comparisons", "details" (results.json, docs/evaluation.md) and "missing".
@@ -203,14 +212,13 @@ def run(models, request, output=None, track=None, told=None):
   Raises:
     UsageError: a set or the file cannot be used.
   """
-  results = Results(output)
+  results, told = Results(output), told or Quiet()
   sets, missing = open_sets(request)
   outcomes = {}
   for source in models:
-    model = Loaded(source, request.batch_size, *([told.progress] if told else []))
+    model = Loaded(source, request.batch_size, told.progress)
     for held_out in sets:
-      if told:
-        told.begin(f"{model.name}: {held_out.name}")
+      told.begin(f"{model.name}: {held_out.name}")
       for task, result in evaluate(model, held_out, request.tasks, track):
         subject = dict(zip(KEYS, (model.name, model.where, held_out.name, task, held_out.language, held_out.split), strict=True))
         results.add(subject, result)
@@ -252,20 +260,18 @@ class Results:
 
   def add(self, subject, result):
     """Adds a `Result`, in the place of an earlier one about the same."""
-    def named(values):
-      return {_column(metric): None if value is None or math.isnan(value) else value for metric, value in values}
-
-    scores = result.scores.items()
-    row = subject | {"items": result.items, "metrics": named((name, score.value) for name, score in scores)}
-    row |= {"standard_errors": {k: v for k, v in named((n, s.standard_error) for n, s in scores).items() if v is not None}}
-    row |= {"chance": {k: v for k, v in named((n, s.chance) for n, s in scores).items() if v is not None}}
+    row = subject | {"items": result.items, "metrics": {}, "standard_errors": {}, "chance": {}}
+    for metric, score in result.scores.items():
+      for kind, value in zip(("metrics", "standard_errors", "chance"), score, strict=True):
+        known = value is not None and not math.isnan(value)
+        if known or kind == "metrics":
+          row[kind][_column(metric)] = value if known else None
     self._replace("rows", row, KEYS)
     details = {key: result.details[key] for key in ("confusions", "classes", "reliability") if key in result.details}
     if "retrieval" in result.details:
       details["gallery"] = result.details["retrieval"]
     if details:
-      about = {key: subject[key] for key in ("model", "pretrained", "dataset", "task", "language", "split")}
-      self._replace("details", about | details, tuple(about))
+      self._replace("details", subject | details, KEYS)
 
   def compare(self, first, second, earlier, later):
     """Adds a paired test of each metric of two `Result`s.

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from clip_jax import benchmark
+from clip_jax.cli import evaluation
 from clip_jax.convert import sources
-from clip_jax.evaluate import datasets
+from clip_jax.evaluate import datasets, tasks
 from clip_jax.evaluate.result import Result, Score
 from clip_jax.evaluate.zero_shot import ZeroShot
 from tests.convert import models
@@ -75,3 +76,9 @@ def test_a_digest_is_of_all_that_embeddings_depend_on(tmp_path):
   _, other = models.checkpoint(tmp_path / "two", models.model("vit"), seed=1)
   squashed = dataclasses.replace(source, model=dataclasses.replace(source.model, resize_mode="squash"))
   assert len({source.digest(), other.digest(), squashed.digest()}) == 3
+
+
+def test_the_command_line_names_the_tasks_and_suites_there_are():
+  assert ("auto", *tasks.PROBES) == evaluation.TASKS  # said twice: `--help` loads nothing
+  for suite in datasets.SUITES:
+    assert suite in evaluation.EPILOG

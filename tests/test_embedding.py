@@ -285,7 +285,7 @@ def test_secrets_do_not_come_into_files(model, shard):
   request = embedding.Request("out", "s3://bucket/a.tar?X-Amz-Signature=verysecret", part_size=PART)
   weights = sources.find(model)
   encoder = Encoder(weights.model, benchmark.everywhere(jax.devices()[:1]), BATCH)
-  assert embedding.describe(encoder, weights, data.create("auto", shard), request)["source"].endswith("Signature=***")
+  assert embedding.describe(encoder, weights.params(), weights, data.create("auto", shard), request)["source"].endswith("Signature=***")
 
 
 # In real processes.

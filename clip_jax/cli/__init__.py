@@ -153,7 +153,7 @@ def _report(arguments):
   from clip_jax.report import evaluation_page, page
 
   if arguments.workdir.endswith((".csv", ".json")):
-    return {"report": str(evaluation_page.write(arguments.workdir.removesuffix(".csv").removesuffix(".json") + ".json"))}
+    return {"report": str(evaluation_page.write(arguments.workdir))}
   try:
     return {"report": str(page.write(arguments.workdir))}
   except (FileNotFoundError, ValueError) as error:

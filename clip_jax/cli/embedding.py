@@ -17,7 +17,6 @@ DIR has the layout of clip-retrieval: img_emb/img_emb_N.npy, text_emb/text_emb_N
 command goes on with what a stopped one left. Processes of Slurm, Open MPI, a Cloud TPU slice or the JAX_* variables share the parts;
 other machines with the same folder do with --host and --hosts. A host that ends early does not disturb the others."""
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-SECONDS_BETWEEN_LINES = 10
 DAYS = 30 * 86400  # that a process of a TPU slice, which is bound to the others, waits for them
 
 
@@ -145,17 +144,18 @@ class Progress:
       file: where to write; standard error if not given.
     """
     self._request, self._stopped, self._file = request, stopped, file or sys.stderr
-    self._received, self._before, self._live = None, {}, None
+    self._received, self._live = None, None
     self._begun = self._said = self._first = None
 
   def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._receive)
+    from clip_jax.train.stopping import handled
+
+    self._handled = handled(self._receive)
+    self._handled.__enter__()
     return self
 
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler or signal.SIG_DFL)
+  def __exit__(self, *reason):
+    self._handled.__exit__(*reason)
     if self._live:
       self._live.stop()
 
@@ -187,7 +187,7 @@ class Progress:
     if self._file.isatty():
       self._live = self._live or self._bar(total)
       self._live.update(self._task, completed=done, line=line)
-    elif done == total or now - self._said >= SECONDS_BETWEEN_LINES:
+    elif done == total or now - self._said >= evaluation.SECONDS_BETWEEN_LINES:
       self._said = now
       with contextlib.suppress(OSError):  # a log on a disk that is full
         print(f"{done:,}/{total:,} records  {line}", file=self._file, flush=True)

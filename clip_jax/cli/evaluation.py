@@ -79,7 +79,7 @@ def _eval(arguments):
     from clip_jax.report import evaluation_page
 
     found["output"] = arguments.output
-    found["page"] = str(evaluation_page.write(arguments.output.removesuffix(".csv") + ".json"))
+    found["page"] = str(evaluation_page.write(arguments.output))
   return found | {"first": first}
 
 
@@ -97,6 +97,8 @@ class Told:
 
   def progress(self, done, count):
     """How many of its images, or of the texts of a length, are done."""
+    from clip_jax.train.progress import duration
+
     now = self._now()
     if self._begun is None or done <= self._first:  # the first batch's time is that of compiling
       self._begun, self._first, self._said = now, done, self._said or now
@@ -104,7 +106,7 @@ class Told:
       self._said = now
       rate = (done - self._first) / max(now - self._begun, 1e-9)
       with contextlib.suppress(OSError):
-        print(f"{self._what}  {done:,}/{count:,}  {rate:,.0f}/s  {(count - done) / rate:,.0f} s left", file=self._file, flush=True)
+        print(f"{self._what}  {done:,}/{count:,}  {rate:,.0f}/s  {duration((count - done) / rate)} left", file=self._file, flush=True)
 
 
 def _show(found):

@@ -74,7 +74,7 @@ def embed(encoder, params, model, source, request, progress=lambda part, done, t
     UsageError: the folder holds something else, or the data are not right.
     StorageError: something cannot be read or written; what is finished is whole.
   """
-  settings = describe(encoder, model, source, request)
+  settings = describe(encoder, params, model, source, request)
   folder = Folder(request.output, settings)
   parts = range(request.host, settings["parts"], request.hosts)
   total = sum(len(folder.records(part)) for part in parts)
@@ -102,7 +102,7 @@ def embed(encoder, params, model, source, request, progress=lambda part, done, t
   return told | {"all_parts": settings["parts"], "parts_there": there, "stopped": stopped}
 
 
-def describe(encoder, model, source, request):
+def describe(encoder, params, model, source, request):
   """What embed.json says, for arguments as `embed` takes them.
 
   Returns:
@@ -123,7 +123,7 @@ def describe(encoder, model, source, request):
   columns = ["key", "index", *["image_path"] * ("image" in kinds), *["caption"] * captions, *["label"] * labels]
   told = {"clip_jax": clip_jax.__version__, "model": model.model.name, "layout": model.layout, "where": model.where, "source": request.path}
   return redacted(
-    {"format": FORMAT, **told, "weights": model.digest(), "fingerprint": source.fingerprint, "records": len(source)}
+    {"format": FORMAT, **told, "weights": model.digest(params), "fingerprint": source.fingerprint, "records": len(source)}
     | {"part_size": request.part_size, "parts": -(-len(source) // request.part_size), "batch_size": encoder.chunk}
     | {"embeddings": kinds, "embed_dim": encoder.model.embed_dim, "dtype": DTYPE.name, "columns": columns}
   )

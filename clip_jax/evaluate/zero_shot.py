@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from clip_jax.data.pipeline import evaluation_pixels
+from clip_jax.data.sources.protocol import TOGETHER
 from clip_jax.errors import DataError
 from clip_jax.evaluate import measures, prompts, uncertainty
 from clip_jax.evaluate.pictures import data_uri
@@ -31,8 +32,12 @@ class ZeroShot:
     """
     self.set, self._encoder, self._kept, self._show = held_out, encoder, kept, show
     count = len(held_out.source)
-    for index in sorted({i * (count - 1) // max(min(count, CHECKED) - 1, 1) for i in range(min(count, CHECKED))}):
-      label_of(held_out.source[index], held_out)
+    spread = sorted({i * (count - 1) // max(min(count, CHECKED) - 1, 1) for i in range(min(count, CHECKED))})
+    for start in range(0, len(spread), TOGETHER):
+      for record in held_out.source.fetch(spread[start : start + TOGETHER]):
+        if isinstance(record, DataError):
+          raise record
+        label_of(record, held_out)
 
   def __call__(self, params):
     """Scores a model.

@@ -34,11 +34,11 @@ PAIRS, PICTURES, CLASSES, QUERIES = 12, 4, 10, 24  # shown of each model and dat
 SIGNIFICANT = 0.05
 
 
-def write(results_json: str | Path) -> Path:
+def write(results: str | Path) -> Path:
   """Writes the page beside the results, whole or not at all.
 
   Args:
-    results_json: what `clip-jax eval` wrote.
+    results: what `clip-jax eval` wrote, results.json or the results.csv beside it.
 
   Returns:
     The path of the page: that of the results, ending in .html.
@@ -46,10 +46,10 @@ def write(results_json: str | Path) -> Path:
   Raises:
     UsageError: the file is missing, or is not what it should be.
   """
-  path = Path(results_json)
-  results = read_json(path)
+  path = Path(results).with_suffix(".json")
+  found = read_json(path)
   try:
-    html = render(results)
+    html = render(found)
   except UsageError as error:
     raise UsageError(f"{path}: {error}") from None
   target = path.with_suffix(".html")

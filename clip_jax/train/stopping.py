@@ -1,5 +1,6 @@
 """How a run is stopped from outside, and how its processes agree on what they do together."""
 
+import contextlib
 import os
 import signal
 
@@ -16,6 +17,17 @@ class Stopped(BaseException):
   """A signal came before the first step: there is nothing to finish, and nothing that is not saved."""
 
 
+@contextlib.contextmanager
+def handled(receive):
+  """Has a function, as `signal.signal` takes it, called for SIGTERM and SIGINT inside the `with` block."""
+  before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not one of Python's
+
+
 class Signals:
   """Turns SIGTERM and SIGINT into a wish to stop after a step; a second SIGINT leaves at once.
 
@@ -24,16 +36,14 @@ class Signals:
 
   def __init__(self):
     """Prepares; signals are caught inside the `with` block."""
-    self.received, self._training, self._before = None, False, {}
+    self.received, self._training, self._handled = None, False, handled(self._receive)
 
   def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._receive)
+    self._handled.__enter__()
     return self
 
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not one of Python's
+  def __exit__(self, *reason):
+    self._handled.__exit__(*reason)
 
   def training(self):
     """Says that from now on there is something to save.
