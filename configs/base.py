@@ -83,6 +83,7 @@ def get_config():
   config.train.scan = False
   config.train.microbatches = 1
   config.train.init_from = ""
+  config.train.fork_from = ""
   config.train.init_tower = "both"
   config.train.seed = 0
   config.train.log_every = 1
@@ -140,4 +141,5 @@ def get_config():
   config.checkpoint.every_minutes = placeholder(float)
   config.checkpoint.keep_last = 3
   config.checkpoint.keep_every = placeholder(int)
+  config.checkpoint.keep_steps = ()
   return config

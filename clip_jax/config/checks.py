@@ -72,6 +72,7 @@ def check(config):
     ("checkpoint.every", config.checkpoint.every, 1, 10**9),
     ("checkpoint.every_minutes", config.checkpoint.every_minutes, 0.001, 1e9),
     ("checkpoint.keep_last", config.checkpoint.keep_last, 1, 10**6),
+    *((f"checkpoint.keep_steps[{i}]", step, 1, 10**9) for i, step in enumerate(config.checkpoint.keep_steps)),
   )
   if config.model.vision.kind == "resnet" and config.train.microbatches > 1:
     raise ConfigError(

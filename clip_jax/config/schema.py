@@ -118,6 +118,7 @@ class Train:
   scan: bool = False  # the blocks of a tower as one program in a loop: compiles in half the time
   microbatches: int = 1  # parts that go through the towers one by one; the loss is that of the whole batch
   init_from: str = ""  # whose parameters to start from: anything that `clip_jax.load` reads
+  fork_from: str = ""  # a checkpoint of another run, DIR/checkpoints/STEP: goes on from there with its whole state, as that run would
   init_tower: str = "both"  # or "image" or "text": the other tower starts from nothing
   seed: int = 0  # of the parameters, and of what is left out of an example in training
   log_every: int = 1  # steps
@@ -215,6 +216,7 @@ class Checkpoint:
   every_minutes: float | None = None  # also when this much time has passed since the last one
   keep_last: int = 3
   keep_every: int | None = None  # steps; also keep each multiple of it for good
+  keep_steps: tuple[int, ...] = ()  # also save at these steps, and keep them for good
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clip_jax.convert import native
 from clip_jax.data import order, pipeline
 from clip_jax.errors import UsageError
 from clip_jax.losses import global_batch
@@ -14,7 +15,7 @@ from clip_jax.models import size
 from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
 from clip_jax.plan import planner
-from clip_jax.train import checkpoint, loop, program
+from clip_jax.train import checkpoint, fork, loop, program
 from clip_jax.train import state as states
 from clip_jax.train import workdir as workdirs
 from clip_jax.train.doctor import machine
@@ -49,7 +50,12 @@ def run(config, workdir, name="", profile=None, compiled=None, tell=lambda what,
     workdirs.check_same_run(workdir, config)
     goes_on = f"holds this run, {start:,} of {train.steps:,} steps" if start else "can be written, and holds no checkpoint"
     tell("workdir", f"{workdir} {goes_on}")
-    ready = loop.prepare(config, workdir, mesh, checkpoints.card() if start else {})
+    card = checkpoints.card() if start else {}
+    if train.fork_from and not start:
+      path, start = fork.check(config)
+      card = native.read_json(path, "card")
+      tell("fork_from", f"{path}: goes on from step {start:,} of {train.steps:,}")
+    ready = loop.prepare(config, workdir, mesh, card)
   described = states.describe(config, mesh)[0]
   tell("data", _data(ready, config))
   tell("examples", _examples(ready.data, config, mesh, start))

@@ -119,9 +119,9 @@ class Checkpoints:
     if jax.process_index() > 0:
       return
     self.clear_leftovers()  # of saves that failed while some of their threads still wrote
-    keep, every = self._config.checkpoint.keep_last, self._config.checkpoint.keep_every
-    for step in self.steps()[:-keep]:
-      if not (every and step % every == 0):
+    keep = self._config.checkpoint
+    for step in self.steps()[: -keep.keep_last]:
+      if not (step in keep.keep_steps or (keep.keep_every and step % keep.keep_every == 0)):
         leaving = self._folder / f"{step}.tmp"
         with contextlib.suppress(OSError):  # or else the next time
           (self._folder / str(step)).rename(leaving)
@@ -163,7 +163,7 @@ class Checkpoints:
     """
     wrong = {}
     for step in reversed(agreement.of_first(self.steps)):
-      state, card, problem = self._read(step, described)
+      state, card, problem = self._read(self._folder / str(step), described)
       if not problem:
         self._set_aside(wrong, step)
         self.whole = step
@@ -174,9 +174,28 @@ class Checkpoints:
       raise UsageError(f"{self._folder} has no checkpoint that can be used ({all_of_them}). Restore one, or begin anew with --force_new.")
     return None, {}
 
-  def _read(self, step, described):
+  def restore_from(self, path, described):
+    """The state in a checkpoint of another run, laid out as described.
+
+    Args:
+      path: its folder.
+      described: as `restore`.
+
+    Returns:
+      A `TrainState` and the card of the checkpoint.
+
+    Raises:
+      UsageError: it is not what was saved, or does not fit.
+      StorageError: a disk does not answer.
+    """
+    state, card, problem = self._read(path, described)
+    if problem:
+      raise UsageError(f"{path} cannot be used: {problem}.")
+    return state, card
+
+  def _read(self, path, described):
     """A state, its card, and what is wrong with it; the same on all processes, each of which reads its part."""
-    path, state, card, problem = self._folder / str(step), None, {}, None
+    state, card, problem = None, {}, None
     try:
       card = native.read_json(path, "card")
       state = described.replace(**self._arrays(path / "state", described, card))

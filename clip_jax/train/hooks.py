@@ -190,12 +190,13 @@ class Save:
     self._checkpoints, self._card, self._now = checkpoints, card, now
     self._log, self._writer, self._clock = log, writer, clock
     self._every, self._minutes = config.checkpoint.every, config.checkpoint.every_minutes
+    self._keep = config.checkpoint.keep_steps
     self._train, self._last, self._retry, self._in_a_row = config.train, now(), None, 0
 
   def __call__(self, step, state, metrics):
     """Saves if it is due by the number of the step."""
     self._look(step)
-    if step % self._every == 0 or step == self._train.steps:
+    if step % self._every == 0 or step in self._keep or step == self._train.steps:
       self.now(step, state)
 
   def wished(self):

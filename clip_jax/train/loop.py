@@ -16,7 +16,7 @@ from clip_jax.files import tell
 from clip_jax.losses import global_batch
 from clip_jax.parallel import agreement, rules
 from clip_jax.parallel import mesh as meshes
-from clip_jax.train import checkpoint, guard, hooks, metrics, performance, program, step, stopping
+from clip_jax.train import checkpoint, fork, guard, hooks, metrics, performance, program, step, stopping
 from clip_jax.train import state as states
 from clip_jax.train import workdir as workdirs
 from clip_jax.train.progress import Progress
@@ -179,7 +179,7 @@ class Run:
 def _run(run):
   config, workdir, checkpoints = run.config, run.workdir, run.checkpoints
   described = states.describe(config, run.mesh)[0]
-  state, card = checkpoints.restore(described)
+  state, card = _restored(run, described)
   started = start = card.get("step", 0)
   if start >= config.train.steps and not evaluation_missing(last_lines(workdir, config), config, start):
     return Result(start, config.train.steps, start)
@@ -202,9 +202,17 @@ def _run(run):
     state = None
     with contextlib.suppress(StorageError):
       checkpoints.wait()
-    state, card = checkpoints.restore(described)
+    state, card = _restored(run, described)
     start = card.get("step", 0)
     rollbacks.add(spike, start)
+
+
+def _restored(run, described):
+  """The state to go on from and its card: of this run's newest checkpoint, or of the one it forks from."""
+  state, card = run.checkpoints.restore(described)
+  if state is None and run.config.train.fork_from:
+    return fork.begin(run.config, run.workdir, run.checkpoints, described)
+  return state, card
 
 
 def _train(run, ready, watchdog, rollbacks, state, start):
