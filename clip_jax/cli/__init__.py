@@ -7,9 +7,10 @@ import argparse
 import inspect
 import json
 import sys
+from pathlib import Path
 
 from clip_jax.cli import arguments as types
-from clip_jax.cli import data, doctor, embedding, evaluation, plan
+from clip_jax.cli import data, doctor, embedding, evaluation, plan, scaling
 from clip_jax.errors import StorageError, UsageError, redact
 from clip_jax.files import tell
 
@@ -89,9 +90,9 @@ def _parser():
   verb(verbs, "models", _models, _show_models, "List the models known by name.", "clip-jax models")
   data.add(verbs, verb)
   report = verb(
-    verbs, "report", _report, _show_report, "Write report.html of a run, or the page of results of `eval`.", "clip-jax report runs/quickstart"
+    verbs, "report", _report, _show_report, "Write report.html of a run or a sweep, or the page of results of `eval`.", "clip-jax report runs/quickstart"
   )
-  report.add_argument("workdir", help="the run's work directory; or results.csv")
+  report.add_argument("workdir", help="the work directory of a run or a sweep; or results.csv of `eval`")
   export = verb(
     verbs, "export", _export, _show_export,
     "Write a model for others: OpenAI's .pt file, open_clip's hub folder, a Hugging Face folder, StableHLO or ONNX.",
@@ -118,6 +119,7 @@ def _parser():
   evaluation.add(verbs, verb)
   embedding.add(verbs, verb)
   plan.add(verbs, verb)
+  scaling.add(verbs, verb)
   doctor.add(verbs, verb)
   return parser
 
@@ -154,6 +156,11 @@ def _report(arguments):
 
   if arguments.workdir.endswith((".csv", ".json")):
     return {"report": str(evaluation_page.write(arguments.workdir))}
+  if (Path(arguments.workdir) / "sweep.json").exists():
+    from clip_jax.scaling import collect
+
+    collect.results(arguments.workdir)
+    return {"report": scaling.page(arguments.workdir)["report"]}
   try:
     return {"report": str(page.write(arguments.workdir))}
   except (FileNotFoundError, ValueError) as error:

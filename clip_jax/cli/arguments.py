@@ -37,6 +37,13 @@ def seconds(text):
   return float(text)
 
 
+def price(text):
+  """An amount of money."""
+  if not re.fullmatch(r"\d+(\.\d+)?|\.\d+", text, re.ASCII):
+    raise argparse.ArgumentTypeError(f"{text!r} is not a price; 1.20 is.")
+  return float(text)
+
+
 def tracker(what):
   """A function that passes items on and shows a person how far that is."""
   from rich.console import Console

@@ -1,9 +1,7 @@
 """`clip-jax plan`: will a run fit, how fast, how long, how much, on chips that are not there."""
 
-import argparse
-import re
-
 from clip_jax import files
+from clip_jax.cli import arguments as types
 from clip_jax.errors import ConfigError, UsageError
 
 EPILOG = """
@@ -32,7 +30,7 @@ def add(verbs, verb):
 
   several("--config", "FILE", "recipes; more than one, or more than one topology, make a table")
   several("--topology", "NAME", "where to run: v5e:16x16, v5litepod-256, h100:64, here")
-  plan.add_argument("--price-per-chip-hour", type=_price, metavar="P", help="to say what it costs")
+  plan.add_argument("--price-per-chip-hour", type=types.price, metavar="P", help="to say what it costs")
   how = plan.add_mutually_exclusive_group()
   how.add_argument("--search", action="store_true", help="try meshes, recomputation, microbatches and loops, and say which is fastest")
   how.add_argument("--min-slice", action="store_true", help="find the smallest slice on which it fits, of the chips of --topology (v5e will do)")
@@ -40,12 +38,6 @@ def add(verbs, verb):
   plan.add_argument("--quick", action="store_true", help=(
     "let the compiler try less hard, which takes a third of the time; the program it tells of is a little worse than that of a run"
   ))  # fmt: skip
-
-
-def _price(text):
-  if not re.fullmatch(r"\d+(\.\d+)?|\.\d+", text, re.ASCII):
-    raise argparse.ArgumentTypeError(f"{text!r} is not a price; 1.20 is.")
-  return float(text)
 
 
 def _plan(arguments):

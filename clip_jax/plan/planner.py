@@ -14,7 +14,7 @@ from clip_jax.plan.targets import HERE, is_compiled, resolved, slices_of, target
 from clip_jax.train import state as states
 from clip_jax.train import step as steps
 
-__all__ = ["HERE", "candidates", "is_compiled", "plan", "resolved", "search", "smallest", "target", "what_would_fit"]
+__all__ = ["HERE", "by_estimate", "candidates", "is_compiled", "plan", "resolved", "search", "smallest", "target", "what_would_fit"]
 
 
 def plan(config, where, name="", price=None, fresh=False):
@@ -34,7 +34,7 @@ def plan(config, where, name="", price=None, fresh=False):
     UsageError: the compiler is not here.
   """
   if not is_compiled(where):
-    return _answer(config, where, name, price, estimated(config, where)), None
+    return by_estimate(config, where, name, price), None
   compiled = None
   mesh = meshes.create(config, None if where.topology == HERE else compiler.devices(where.topology, config.mesh.dcn_data))
   start = time.monotonic()
@@ -50,6 +50,21 @@ def plan(config, where, name="", price=None, fresh=False):
   if where.topology != HERE:
     jax.clear_caches()  # a step that was traced is a gigabyte of this machine's memory, and nobody will run it
   return answer, compiled and (compiled, mesh)
+
+
+def by_estimate(config, where, name="", price=None):
+  """Plans one config for one topology from its sizes alone, in no time.
+
+  Args:
+    config: as `plan`.
+    where: as `plan`.
+    name: as `plan`.
+    price: as `plan`.
+
+  Returns:
+    A dict as `plan`'s.
+  """
+  return _answer(config, where, name, price, estimated(config, where))
 
 
 def _compiled(where, report):

@@ -16,7 +16,17 @@ from clip_jax.files import tell
 from clip_jax.losses import global_batch
 from clip_jax.parallel import agreement, rules
 from clip_jax.parallel import mesh as meshes
-from clip_jax.train import checkpoint, fork, guard, hooks, metrics, performance, program, step, stopping
+from clip_jax.train import (
+  checkpoint,
+  fork,
+  guard,
+  hooks,
+  metrics,
+  performance,
+  program,
+  step,
+  stopping,
+)
 from clip_jax.train import state as states
 from clip_jax.train import workdir as workdirs
 from clip_jax.train.progress import Progress

@@ -1,0 +1,38 @@
+"""A scaling experiment in half an hour on two processor cores: 3 models x 2 amounts of data x 3 durations of the quickstart.
+
+Small, medium and large differ 18-fold in compute for a pair, the data is one artist's drawings or two artists', and each model
+is tested on the drawings of a third. `emoji_grid:cosine` trains all 18 runs by themselves; as it is, the shorter ones are
+cooldowns of the longest. What it finds: docs/scaling.md.
+"""
+
+from clip_jax.scaling import sweep
+
+MODELS = {
+  "S": dict(vision=dict(width=64, layers=2, heads=2), text=dict(width=64, layers=1, heads=2)),
+  "M": dict(vision=dict(width=128, layers=3, heads=4), text=dict(width=96, layers=2, heads=2)),
+  "L": dict(vision=dict(width=256, layers=4, heads=4), text=dict(width=128, layers=2, heads=2)),
+}
+DATA = {"one-artist": "noto-seen-*.tar", "two-artists": "{noto,openmoji}-seen-*.tar"}
+SAMPLES = {"32k": 32_000, "96k": 96_000, "288k": 288_000}
+
+
+def get_sweep(schedule="constant"):
+  """The 18 runs; `schedule` as `sweep.grid` takes it."""
+  models = {
+    name: {f"model.{tower}.{key}": value for tower, sizes in towers.items() for key, value in sizes.items()}
+    for name, towers in MODELS.items()
+  }
+  common = {
+    "train.global_batch_size": 128,
+    "train.log_every": 10,
+    "checkpoint.every": 250,
+    "checkpoint.keep_last": 1,
+    "eval.every": 0,
+  }
+  # Pictures and yardsticks are for the report of one run.
+  for name in ("emoji_seen", "emoji_seen_no_flags", "emoji_unseen"):
+    common[f"eval.retrieval.{name}.nearest_training_image"] = False
+  common |= {"eval.retrieval.emoji_seen.gallery": 0, "eval.retrieval.emoji_unseen.gallery": 0}
+  return sweep.grid(
+    "configs/quickstart.py", models, {name: {"data.path": path} for name, path in DATA.items()}, SAMPLES, schedule, common=common
+  )
