@@ -85,6 +85,7 @@ def get_config():
   config.train.init_from = ""
   config.train.fork_from = ""
   config.train.init_tower = "both"
+  config.train.init_multipliers = ()
   config.train.seed = 0
   config.train.log_every = 1
   config.train.max_bad_steps = 10

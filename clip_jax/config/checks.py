@@ -50,6 +50,7 @@ def check(config):
   """
   check_model(config.model)
   _check_optimizer(config.optimizer)
+  _check_multipliers("config.train.init_multipliers", config.train.init_multipliers)
   _check_loss(config.loss, config.model)
   one_of("config.train.init_tower", config.train.init_tower, ("both", "image", "text"))
   one_of("config.train.attention", config.train.attention, ("auto", "xla", "pallas", "cudnn"))
@@ -210,16 +211,19 @@ def _check_schedule(optimizer):
 
 
 def _check_patterns(optimizer):
-  patterns = [("no_decay", optimizer.no_decay), ("freeze", optimizer.freeze)]
+  for key in ("no_decay", "freeze"):
+    _check_pattern(f"config.optimizer.{key}", getattr(optimizer, key))
   for key in ("lr_multipliers", "decay_multipliers"):
-    for i, (pattern, factor) in enumerate(getattr(optimizer, key)):
-      patterns.append((f"{key}[{i}][0]", pattern))
-      if not 0 <= factor < math.inf:
-        raise ConfigError(f"config.optimizer.{key}[{i}][1]={factor} must be at least 0, and finite.")
-  for key, pattern in patterns:
-    _check_pattern(f"config.optimizer.{key}", pattern)
+    _check_multipliers(f"config.optimizer.{key}", getattr(optimizer, key))
   if not 0 < optimizer.layer_decay <= 1:
     raise ConfigError(f"config.optimizer.layer_decay={optimizer.layer_decay} must be more than 0 and at most 1.")
+
+
+def _check_multipliers(path, pairs):
+  for i, (pattern, factor) in enumerate(pairs):
+    _check_pattern(f"{path}[{i}][0]", pattern)
+    if not 0 <= factor < math.inf:
+      raise ConfigError(f"{path}[{i}][1]={factor} must be at least 0, and finite.")
 
 
 def _check_loss(loss, model):

@@ -120,6 +120,7 @@ class Train:
   init_from: str = ""  # whose parameters to start from: anything that `clip_jax.load` reads
   fork_from: str = ""  # a checkpoint of another run, DIR/checkpoints/STEP: goes on from there with its whole state, as that run would
   init_tower: str = "both"  # or "image" or "text": the other tower starts from nothing
+  init_multipliers: tuple[tuple[str, float], ...] = ()  # (regular expression, factor) pairs for new parameters; the first match counts
   seed: int = 0  # of the parameters, and of what is left out of an example in training
   log_every: int = 1  # steps
   max_bad_steps: int = 10  # in a row whose loss or gradients are not finite (each is skipped), before the run stops

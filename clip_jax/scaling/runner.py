@@ -120,8 +120,8 @@ class Runner:
       return
     progress = status.step > self._begun.get(name, -1)
     self._in_vain[name] = 0 if progress else self._in_vain.get(name, 0) + 1
-    # A job's exit code is not known: one that got no further is taken for one that cannot.
-    again = self._in_vain[name] < PATIENCE if code == TRY_AGAIN else code is None and progress
+    # It was stopped, or killed by a signal. Of a job that is not known: one that got no further is taken for one that cannot.
+    again = progress if code is None else (code == TRY_AGAIN or code < 0) and self._in_vain[name] < PATIENCE
     if not again:
       ended = "ended" if code is None else f"ended with exit code {code}"
       self._failed[name] = f"{ended} at step {status.step:,}: {_last_words(self._executor.log(name))}"

@@ -139,12 +139,12 @@ def check_patterns(config, params):
     ConfigError: one matches no parameter, or nothing is left to train.
   """
   names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  patterns = [("freeze", config.optimizer.freeze)] if config.optimizer.freeze else []
-  for key in ("lr_multipliers", "decay_multipliers"):
-    patterns += [(f"{key}[{i}]", pattern) for i, (pattern, _) in enumerate(getattr(config.optimizer, key))]
+  patterns = [("optimizer.freeze", config.optimizer.freeze)] if config.optimizer.freeze else []
+  for section, key in (("optimizer", "lr_multipliers"), ("optimizer", "decay_multipliers"), ("train", "init_multipliers")):
+    patterns += [(f"{section}.{key}[{i}]", pattern) for i, (pattern, _) in enumerate(getattr(getattr(config, section), key))]
   for key, pattern in patterns:
     if not any(re.search(pattern, name) for name in names):
-      raise ConfigError(f"config.optimizer.{key}={pattern!r} matches no parameter; they are named like {names[0]} and {names[-1]}.")
+      raise ConfigError(f"config.{key}={pattern!r} matches no parameter; they are named like {names[0]} and {names[-1]}.")
   if config.optimizer.freeze and all(re.search(config.optimizer.freeze, name) for name in names):
     raise ConfigError(f"config.optimizer.freeze={config.optimizer.freeze!r} leaves nothing to train.")
 
@@ -168,6 +168,17 @@ def first_match(multipliers):
   """
   patterns = [(re.compile(pattern), factor) for pattern, factor in multipliers]
   return lambda name: next((factor for pattern, factor in patterns if pattern.search(name)), 1.0)
+
+
+def scaled(params, multipliers):
+  """A tree of parameters, each multiplied by its factor.
+
+  Args:
+    params: the tree.
+    multipliers: as `first_match`.
+  """
+  factor_of = first_match(multipliers)
+  return _by_path(params, lambda name, param: param if factor_of(name) == 1 else param * factor_of(name))
 
 
 def multiplier(config):

@@ -63,7 +63,7 @@ def describe(config, mesh):
     return initial_params(config.model, jax.random.key(config.train.seed))
 
   def create():
-    params = nn.unbox(init())
+    params = optimizers.scaled(nn.unbox(init()), config.train.init_multipliers)
     ema = None if config.optimizer.ema_decay is None else params
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), ema, zero, zero)
