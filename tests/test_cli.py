@@ -36,7 +36,7 @@ def test_help_imports_no_jax(verb):
   assert done.stdout.splitlines()[-1] == "[]"
 
 
-VERBS = ["models", "export", "import", "eval", "embed", "data index", "data bench", "data inspect", "data convert", "report", "plan", "doctor"]
+VERBS = ["models", "export", "import", "eval", "embed", "data index", "data bench", "data inspect", "data convert", "report", "plan", "doctor", "scaling run", "scaling collect", "scaling fit"]
 
 
 @pytest.mark.parametrize("verb", map(str.split, VERBS), ids=" ".join)
@@ -281,3 +281,46 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it(tmp_path, monkeypatch):
 def test_wrong_usage_exits_with_2(arguments, message, tmp_path):
   done = run(*arguments, code=2, cwd=tmp_path)
   assert message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+PUBLISHED = str(Path(__file__).parent / "scaling/published.csv")
+
+
+def test_laws_as_json_are_a_list_of_objects(tmp_path):
+  plot = tmp_path / "law.svg"
+  done = run("scaling", "fit", PUBLISHED, "--task", "imagenet", "--where", "upstream_dataset!=CLIP-WIT", "arch!=ViT-g-14", "--group", "upstream_dataset",
+             "--method", "all", "--at", "1e13", "--plot", str(plot), "--json")  # fmt: skip
+  laws = json.loads(done.stdout)
+  assert [law["group"] for law in laws] == ["LAION-2B", "LAION-400M", "LAION-80M"]
+  contract = {"group", "task", "metric", "method", "n", "beta", "alpha", "beta_ci", "alpha_ci", "mae"}
+  assert all(contract <= law.keys() and law["alpha_ci"][0] < law["alpha"] < law["alpha_ci"][1] for law in laws)
+  assert {(law["task"], law["metric"], law["method"]) for law in laws} == {("imagenet", "acc1", "all")}
+  assert [law["n"] for law in laws] == [10, 9, 9] and [law["forecast"][0]["compute"] for law in laws] == [1e13] * 3
+  assert plot.read_text().startswith("<svg")
+
+
+def test_a_law_in_words():
+  told = run("scaling", "fit", PUBLISHED, "--task", "imagenet", "--metric", "acc1", "--where", "upstream_dataset!=CLIP-WIT").stdout
+  assert told.startswith("imagenet acc1, frontier, 29 points\n  E = 5.858 C^-0.1114\n  alpha    -0.1114  95 % ")
+  assert "at C = 6.63e+12" in told and "a new run 95 % between" in told
+
+
+@pytest.mark.parametrize(
+  "table, arguments, message",
+  [
+    (None, (), "nowhere.csv is missing"),
+    ("arch,gmacs\na,1\n", (), "downstream_dataset"),
+    ("samples_seen,gmacs,downstream_dataset,acc1\n1e9,seven,imagenet1k,0.5\n", (), "line 2"),
+    ("samples_seen,gmacs,downstream_dataset,acc1\n1e9,7.4,imagenet1k,76\n", (), "line 2"),
+    ("samples_seen,gmacs,downstream_dataset,acc1\n1e9,7.4,imagenet1k,0.76\n", (), "at least two points"),
+    ("samples_seen,gmacs,downstream_dataset,acc1\n1e9,7.4,imagenet1k,0.7\n2e9,7.4,imagenet1k,0.8\n", ("--where", "archh=a"), "archh"),
+    ("samples_seen,gmacs,downstream_dataset,acc1\n1e9,7.4,imagenet1k,0.7\n2e9,7.4,imagenet1k,0.8\n", ("--plot", "law.gif"), ".svg"),
+  ],
+)
+def test_tables_that_cannot_be_fitted_are_told_in_one_sentence(tmp_path, table, arguments, message):
+  name = "nowhere.csv"
+  if table is not None:
+    name = "table.csv"
+    (tmp_path / name).write_text(table)
+  done = run("scaling", "fit", name, "--task", "imagenet", *arguments, cwd=tmp_path, code=2)
+  assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""

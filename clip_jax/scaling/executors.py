@@ -208,11 +208,12 @@ class Gke(_Jobs):
   def submit(self, manifest):
     """Creates what a manifest says, in the place of an earlier one, and returns its name, such as job.batch/b-32."""
     _ask(["kubectl", "delete", "--ignore-not-found", "--filename=-"], manifest)
-    return _ask(["kubectl", "create", "--output=name", "--filename=-"], manifest).split()[0]
+    made = _ask(["kubectl", "create", "--output=name", "--filename=-"], manifest).split()
+    return next((one for one in made if "job" in one.partition("/")[0]), made[0])  # there may be a service beside it
 
   def alive(self, jobs):
     """Those of some jobs that are neither complete nor failed."""
-    found = json.loads(_ask(["kubectl", "get", "--output=json", *jobs, "--ignore-not-found"]) or "{}")
+    found = json.loads(_ask(["kubectl", "get", "--output=json", *jobs, "--ignore-not-found"]).strip() or "{}")
     items = found.get("items", [found] if found else [])
     over = {"Complete", "Completed", "Failed"}
     alive = set()

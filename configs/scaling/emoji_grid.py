@@ -1,6 +1,6 @@
 """A scaling experiment in half an hour on two processor cores: 4 models x 2 amounts of data x 3 durations of the quickstart.
 
-A pair takes the largest model 40 times the compute of the smallest, the data is one artist's drawings or two artists', and each model
+A pair takes the largest model fifty times the compute of the smallest, the data is one artist's drawings or two artists', and each model
 is tested on the drawings of a third. `emoji_grid:cosine` trains all 24 runs by themselves; as it is, the shorter ones are
 cooldowns of the longest. What it finds: docs/scaling.md.
 """
