@@ -64,7 +64,7 @@ def _add_fit(verb, group):
   fit.add_argument("--where", nargs="+", action="extend", default=[], metavar="CONDITION", help="COLUMN=VALUE or COLUMN!=VALUE; rows must fulfil all")
   fit.add_argument("--group", metavar="COLUMN", help="a law for each value of it")
   fit.add_argument("--method", choices=("frontier", "all", "saturating"), default="frontier", help="the best of each of 5 bins of compute, as published; all points; or all with a limit (frontier)")
-  fit.add_argument("--at", nargs="+", type=_compute, default=[], metavar="C", help="computes to forecast, GMACs times samples, such as 1e13 (1, 10 and 100 times the largest)")
+  fit.add_argument("--at", nargs="+", type=_compute, default=[], metavar="C", help="computes to forecast, GMACs times samples, such as 1e13 (the largest, and ten times it)")
   fit.add_argument("--plot", metavar="FILE", help="also draw it: .svg or .png")
 
 
@@ -168,10 +168,10 @@ def _conclude(folder, rows):
 
   if not any(row.state == "done" for row in rows):
     return {}
-  path, found = collect.results(folder)
-  if not found:
-    return {"results": str(path)}
-  return {"results": str(path)} | page(folder)
+  if not collect.rows(folder):
+    files.tell("There is nothing to fit a law to: the recipe says nothing in config.eval that a run is evaluated on.")
+    return {}
+  return {"results": str(collect.results(folder)[0])} | page(folder)
 
 
 def page(folder):

@@ -15,7 +15,7 @@ EVALUATION = "evaluation.json"  # of `clip-jax eval FOLDER/runs/* --output FOLDE
 # Our names of recalls say what is given and what is looked for, those of the table only the latter.
 COLUMN_OF = {"text_to_image_R@5": "image_retrieval_recall@5", "image_to_text_R@5": "text_retrieval_recall@5"}
 CURVE = 61  # computes at which a law is drawn
-BEYOND = (1.0, 10.0, 100.0)  # times the largest compute: what is forecast unless something else is asked for
+BEYOND = (1.0, 10.0)  # times the largest compute: what is forecast unless something else is asked for
 
 
 def describe(folder, name, plans):
@@ -113,7 +113,7 @@ def results(folder, output=None):
   """
   found = rows(folder)
   if not found:
-    raise DataError(f"{folder} has no finished run yet; `clip-jax scaling run` goes on with it.")
+    raise DataError(f"{folder} has no finished run that was evaluated yet; `clip-jax scaling run` goes on with it.")
   path = Path(output or Path(folder) / RESULTS)
   table.write(path, found)
   return path, found

@@ -144,7 +144,7 @@ class _Jobs:
     Raises:
       UsageError: the cluster refuses it; the message is the cluster's.
     """
-    run, command = planned.run, ["python", *planned.command[1:]]
+    run, command = planned.run, self.command_of(planned)
     try:
       text = self._template.substitute(
         name=self.name_of(run.name), log=self.log(run.name), command=shlex.join(command), shell_command=json.dumps(command)
@@ -160,14 +160,14 @@ class _Jobs:
     return set(self._jobs) & set(names)
 
   def ended(self):
-    """Those whose jobs ended since the last time, as pairs of a name and None: how, their work directories say."""
+    """Those whose jobs ended since the last time, as pairs of a name and an exit code; None where the cluster does not tell."""
     alive = self.alive(list(self._jobs.values())) if self._jobs else set()
-    gone = sorted(name for name, job in self._jobs.items() if job not in alive)
+    gone = {name: job for name, job in sorted(self._jobs.items()) if job not in alive}
     for name in gone:
       del self._jobs[name]
     if gone:
       write_json(self._known, self._jobs)
-    return [(name, None) for name in gone]
+    return [(name, self.code_of(job)) for name, job in gone.items()]
 
   def stop(self):
     """Leaves all jobs as they are."""
@@ -186,6 +186,10 @@ class Slurm(_Jobs):
     """What the job of a run is called."""
     return run
 
+  def command_of(self, planned):
+    """What a job of a run does: the nodes have the same files as this machine."""
+    return planned.command
+
   def submit(self, script):
     """Submits a script and returns the number of its job."""
     return _ask(["sbatch", "--parsable"], script).strip().partition(";")[0]
@@ -194,6 +198,13 @@ class Slurm(_Jobs):
     """Those of some jobs that wait or run."""
     # All of the user's: squeue fails when it is asked for a number that it has forgotten.
     return set(jobs) & set(_ask(["squeue", "--me", "--noheader", "--format=%A"]).split())
+
+  def code_of(self, job):
+    """The exit code of a job that is over, negative for a signal, as long as Slurm remembers it (MinJobAge, five minutes)."""
+    with contextlib.suppress(UsageError):
+      found = re.search(r"\bExitCode=(\d+):(\d+)", _ask(["scontrol", "--oneliner", "show", "job", job]))
+      return (-int(found[2]) or int(found[1])) if found else None
+    return None
 
 
 class Gke(_Jobs):
@@ -204,6 +215,10 @@ class Gke(_Jobs):
   def name_of(self, run):
     """What the job of a run is called: Kubernetes takes small letters, digits and -."""
     return re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:52]
+
+  def command_of(self, planned):
+    """What a job of a run does, in the folder of the project in a container."""
+    return shlex.split(planned.line)
 
   def submit(self, manifest):
     """Creates what a manifest says, in the place of an earlier one, and returns its name, such as job.batch/b-32."""
@@ -222,6 +237,9 @@ class Gke(_Jobs):
       if not any(one["type"] in over and one["status"] == "True" for one in conditions):
         alive.add(item["metadata"]["name"])
     return {job for job in jobs if job.rpartition("/")[2] in alive}
+
+  def code_of(self, job):
+    """None: a job has made new pods for those that were stopped early before it counts as failed."""
 
 
 def _ask(command, given=None):

@@ -186,6 +186,8 @@ def load(given, workdir, overrides=()):
     UsageError: the file is not there or no sweep, or a run cannot be run; the message names it.
   """
   path, _, argument = given.partition(":")
+  if str(ROOT) not in sys.path:  # as for main.py, whose recipes start from configs/base.py
+    sys.path.append(str(ROOT))
   runs = _call(_find(path), argument)
   by_name = {run.name: run for run in runs}
   if len(by_name) < len(runs):

@@ -25,7 +25,7 @@ def get_sweep(schedule="constant"):
   }
   common = {
     "train.global_batch_size": 128,
-    "train.log_every": 10,
+    "train.log_every": 2,
     "checkpoint.every": 250,
     "checkpoint.keep_last": 1,
     "eval.every": 0,

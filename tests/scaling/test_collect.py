@@ -121,7 +121,7 @@ def test_laws_are_written_for_every_set_and_what_has_none_is_told(folder):
   [
     (lambda folder: (folder / "sweep.json").unlink(), "sweep.json is missing"),
     (lambda folder: (folder / "sweep.json").write_text('{"format": 9, "runs": []}'), "sweep.json has format 9; this version reads format 1"),
-    (lambda folder: (folder / "sweep.json").write_text('{"format": 1, "runs": []}'), "has no finished run yet; `clip-jax scaling run` goes on with it"),
+    (lambda folder: (folder / "sweep.json").write_text('{"format": 1, "runs": []}'), "has no finished run that was evaluated yet; `clip-jax scaling run` goes on with it"),
     (lambda folder: (folder / "runs/S_x_1000/metrics.jsonl").write_text('{"step": 100, "eval/'), "runs/S_x_1000/metrics.jsonl cannot be read"),
   ],
 )

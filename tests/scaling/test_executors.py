@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 def planned(name, code, *arguments):
   """A run whose program is a line of Python."""
-  return SimpleNamespace(run=SimpleNamespace(name=name), command=[sys.executable, "-c", code, *arguments])
+  command = [sys.executable, "-c", code, *arguments]
+  return SimpleNamespace(run=SimpleNamespace(name=name), command=command, line=shlex.join(["python", *command[1:]]))
 
 
 def wait(executor, count=1):
@@ -88,12 +90,12 @@ def cluster(tmp_path, monkeypatch):
   """Commands of clusters on PATH that write down how they were called, and answer what files say."""
   folder = tmp_path / "bin"
   folder.mkdir()
-  for name in ("sbatch", "squeue", "kubectl"):
+  for name in ("sbatch", "squeue", "scontrol", "kubectl"):
     script = f"""#!{sys.executable}
 import json, sys
 from pathlib import Path
 here = Path({str(folder)!r})
-given = sys.stdin.read() if {name!r} != "squeue" and "get" not in sys.argv else ""
+given = sys.stdin.read() if {name!r} == "sbatch" or "--filename=-" in sys.argv else ""
 with (here / "calls").open("a") as file:
   file.write(json.dumps([{name!r}, *sys.argv[1:], given]) + "\\n")
 answer = here / ("{name}" + ("-" + sys.argv[1] if {name!r} == "kubectl" else "") + ".answer")
@@ -118,14 +120,18 @@ def test_jobs_of_slurm_are_submitted_watched_and_remembered(cluster, tmp_path):
   command, *flags, script = calls(cluster)[0]
   assert (command, flags) == ("sbatch", ["--parsable"])
   assert script.startswith("#!/bin/bash\n") and "#SBATCH --job-name=a b\n" in script and f"--output={tmp_path}/logs/a b.log" in script
-  assert script.endswith("srun python -c pass '--config.data.path={x,y}'\n") and "#SBATCH --signal=TERM@120" in script
+  assert script.endswith(f"srun {sys.executable} -c pass '--config.data.path={{x,y}}'\n") and "#SBATCH --signal=TERM@120" in script
   (cluster / "squeue.answer").write_text("17\n4242\n")
   later = executors.Slurm(tmp_path, 9)  # of another call
   assert later.ended() == [] and later.running({"a b", "c"}) == {"a b"}
   (cluster / "squeue.answer").write_text("17\n")
   assert later.ended() == [("a b", None)] and later.ended() == [] and later.running({"a b"}) == set()
   assert json.loads((tmp_path / "jobs.json").read_text()) == {}
-  assert calls(cluster)[-1][:4] == ["squeue", "--me", "--noheader", "--format=%A"]
+  assert [call[:-1] for call in calls(cluster)[-2:]] == [["squeue", "--me", "--noheader", "--format=%A"], ["scontrol", "--oneliner", "show", "job", "4242"]]
+  for told, code in (("75:0", 75), ("0:15", -15), ("0:0", 0)):
+    (cluster / "scontrol.answer").write_text(f"JobId=4242 JobState=FAILED ExitCode={told} DerivedExitCode=1:0")
+    later.start(planned("a b", "pass"))
+    assert later.ended() == [("a b", code)]
 
 
 def test_jobs_of_kubernetes_come_from_the_manifest_that_is_given(cluster, tmp_path):
