@@ -324,3 +324,9 @@ def test_tables_that_cannot_be_fitted_are_told_in_one_sentence(tmp_path, table, 
     (tmp_path / name).write_text(table)
   done = run("scaling", "fit", name, "--task", "imagenet", *arguments, cwd=tmp_path, code=2)
   assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+  command = f"{sys.executable} -m clip_jax.cli scaling run openclip_grid --workdir nowhere --executor print"
+  done = subprocess.run(["bash", "-c", f"{command} | head -1"], capture_output=True, text=True, check=True)
+  assert done.stdout.startswith("# openclip_grid: 45 runs") and done.stderr == ""

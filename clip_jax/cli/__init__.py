@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 import argparse
 import inspect
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def main(argv=None):
     return EXIT_USAGE
   except StorageError as error:
     tell(str(error))
+    return EXIT_FAILED
+  except BrokenPipeError:  # who reads has seen enough, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would say so again at its end
     return EXIT_FAILED
   return code
 

@@ -157,7 +157,9 @@ def _law(law, members, at):
   forecasts = [(compute, *law.forecast(compute)) for compute in at or [computes.max() * times for times in BEYOND]]
 
   def row(compute, error, low, high):
-    return {"compute": float(compute), "error": float(error), "low": low and float(low), "high": high and float(high)}
+    if low is not None:
+      low, high = float(low), min(float(high), 1.0)  # which no error is above
+    return {"compute": float(compute), "error": float(error), "low": low, "high": high}
 
   keys = ("method", "n", "beta", "alpha", "limit", "beta_ci", "alpha_ci", "limit_ci", "mae", "leave_one_out", "residuals")
   return {key: getattr(law, key) for key in keys} | {

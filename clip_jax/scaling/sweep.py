@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -224,7 +225,7 @@ def plan(run, folder, overrides=()):
   changes = dict(run.overrides)
   if run.parent:
     changes["train.fork_from"] = str(folder / run.parent / "checkpoints" / str(run.fork_step))
-  flags = [f"--config={recipe}{':' if argument else ''}{argument}", *(f"--config.{key}={value}" for key, value in changes.items()), *overrides]
+  flags = [f"--config={recipe}{':' if argument else ''}{argument}", *(f"--config.{key}={_text(value)}" for key, value in changes.items()), *overrides]
   try:
     loaded = recipes.load(flags)
     config = configs.resolve(loaded)
@@ -233,6 +234,13 @@ def plan(run, folder, overrides=()):
   except UsageError as error:
     raise UsageError(f"{run.name}: {error}") from error
   return Planned(run, config, folder / run.name, tuple(flags), loaded)
+
+
+def _text(value, inside=False):
+  # In double quotes, which a shell's single quotes can go around.
+  if isinstance(value, (tuple, list)):
+    return f"({', '.join(_text(one, True) for one in value)}{',' if len(value) == 1 else ''})"
+  return json.dumps(value) if inside and isinstance(value, str) else str(value)
 
 
 def _find(path):

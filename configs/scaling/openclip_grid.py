@@ -50,7 +50,7 @@ PUBLISHED = {
 FITS = {
   "ViT-B-16": {"train.remat": "attention"},
   "ViT-L-14": {"train.remat": "full"},
-  "ViT-g-14": {"train.microbatches": 2},
+  "ViT-g-14": {"mesh.data": -1, "mesh.fsdp": 64},  # 1,408 is no multiple of 256
 }
 ROBUSTNESS = ("imagenetv2", "imagenet-a", "imagenet-r", "imagenet_sketch", "objectnet")
 

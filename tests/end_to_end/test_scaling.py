@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def test_a_sweep_is_killed_continued_fails_in_part_and_is_completed(sweep, color
   log = (workdir / "runs/small_there_60/metrics.jsonl").read_text().splitlines()
   assert [json.loads(line)["step"] for line in log if '"loss"' in line] == list(range(1, 61))
 
-  (tmp_path / "later.tar").write_bytes(open(colors, "rb").read())
+  shutil.copy(colors, tmp_path / "later.tar")
   out, err = finish(start(sweep, workdir, environment=environment), 0)
   assert out.splitlines() == ["4 of 4 runs are done.", f"{workdir}/results.csv", f"{workdir}/report.html"]
   assert "small_there_60  done  60/60" in err and "small_missing_60  running" in err

@@ -141,6 +141,20 @@ def test_another_device_count_resumes_with_the_same_examples(start, undisturbed,
 
 
 @pytest.mark.slow
+def test_two_processes_fork_like_one_from_a_run_of_one(start, undisturbed, tmp_path):
+  overrides = [f"--config.train.fork_from={undisturbed}/checkpoints/35", "--config.train.steps=42"]
+  finish(start(tmp_path / "one", *overrides))
+  for process in start_together(start, 2, tmp_path / "two", *overrides):
+    finish(process)
+  one, two = training_lines(tmp_path / "one"), training_lines(tmp_path / "two")
+  assert [line["step"] for line in two] == list(range(1, 43)) and two[:35] == training_lines(undisturbed)[:35]
+  np.testing.assert_allclose([x["loss"] for x in two], [x["loss"] for x in one], rtol=2e-4)
+  overrides[0] = f"--config.train.fork_from={undisturbed}/checkpoints/36"
+  for process in start_together(start, 2, tmp_path / "none", *overrides):
+    assert "checkpoints/36 is not a checkpoint" in finish(process, code=2)[1]
+
+
+@pytest.mark.slow
 def test_two_processes_train_like_one_and_stop_together(start, undisturbed, tmp_path):
   workdir = tmp_path / "run"
 
