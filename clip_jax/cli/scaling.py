@@ -82,8 +82,9 @@ def _run(arguments):
   head = _head(arguments, plans)
   if arguments.executor == "print":
     return head | {"commands": [one.line for one in plans], "exit_code": 0}
-  folder, say = Path(arguments.workdir), files.tell
-  say(_sentences(head))
+  sweep.check_unchanged(plans)
+  folder = Path(arguments.workdir)
+  files.tell(_sentences(head))
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:

@@ -26,6 +26,8 @@ srun $command
 class Local:
   """Processes of this machine, which also go on when this one is killed."""
 
+  pause = 1.0  # seconds between looks
+
   def __init__(self, folder, most):
     """Prepares.
 
@@ -108,7 +110,7 @@ class Local:
 class _Jobs:
   """Jobs of a cluster, which are there after this process is gone; `jobs.json` remembers them."""
 
-  template = None
+  template, pause = None, 10.0
 
   def __init__(self, folder, most, template=None):
     """Prepares.

@@ -7,7 +7,6 @@ from clip_jax.scaling import status as statuses
 
 TRY_AGAIN = 75  # of main.py: stopped early with everything saved
 PATIENCE = 3  # ends in a row without a step, before a run counts as failed
-PAUSE = 1.0  # seconds between looks
 
 
 @dataclasses.dataclass
@@ -40,13 +39,12 @@ class Runner:
     self._plans, self._executor = {one.run.name: one for one in plans}, executor
     self._failed, self._begun, self._in_vain = {}, {}, {}
 
-  def run(self, show=lambda rows: None, stopped=lambda: False, pause=PAUSE):
+  def run(self, show=lambda rows: None, stopped=lambda: False):
     """Runs until everything is done, nothing more can be, or it is to stop.
 
     Args:
       show: called with a list of `Row`s, again and again.
       stopped: asked whether to stop.
-      pause: seconds between looks.
 
     Returns:
       A list of `Row`s.
@@ -67,7 +65,9 @@ class Runner:
       show(rows)
       if not started and not any(row.state == "running" for row in rows):
         return rows
-      time.sleep(pause)
+      again = time.monotonic() + self._executor.pause
+      while not stopped() and (left := again - time.monotonic()) > 0:
+        time.sleep(min(left, 0.2))
 
   def look(self):
     """The state of every run."""

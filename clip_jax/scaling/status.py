@@ -60,23 +60,30 @@ def last_lines(path, size=16_384):
 
   Args:
     path: of `metrics.jsonl`.
-    size: bytes to read.
+    size: bytes to read; more, until there are two lines, as that of an evaluation may be long.
   """
-  try:
-    with open(path, "rb") as file:
-      file.seek(max(0, os.fstat(file.fileno()).st_size - size))
-      text = file.read().decode(errors="replace")
-  except OSError:
-    return []
-  found = []
+  while True:
+    try:
+      with open(path, "rb") as file:
+        before = max(0, os.fstat(file.fileno()).st_size - size)
+        file.seek(before)
+        text = file.read().decode(errors="replace")
+    except OSError:
+      return []
+    found = list(_whole(text))
+    if len(found) > 1 or not before:
+      return found
+    size *= 4
+
+
+def _whole(text):
   for line in text.splitlines():
     try:
       one = json.loads(line)
     except ValueError:  # the part of a line that the file was entered in, or that is just being written
       continue
     if isinstance(one, dict) and "step" in one:
-      found.append(one)
-  return found
+      yield one
 
 
 def _saved(workdir):

@@ -15,7 +15,9 @@ import ml_collections
 from clip_jax import config as configs
 from clip_jax.config import recipes
 from clip_jax.errors import ConfigError, UsageError, did_you_mean
+from clip_jax.files import read_json
 from clip_jax.models import size
+from clip_jax.train import workdir as workdirs
 
 ROOT = Path(__file__).parents[2]  # where main.py is, and the recipes that come with it
 SWEEPS = "configs/scaling"
@@ -203,6 +205,25 @@ def load(given, workdir, overrides=()):
       raise UsageError(f"{given}: {run.name} forks from {run.parent}, which is a fork itself.")
   folder = Path(workdir).absolute() / RUNS
   return [plan(run, folder, overrides) for run in sorted(runs, key=lambda run: bool(run.parent))]
+
+
+def check_unchanged(plans):
+  """Checks that what is in work directories already are the runs of a sweep: what is done would be taken for them.
+
+  Args:
+    plans: a list of `Planned`.
+
+  Raises:
+    UsageError: a run was begun with another config; the message names the first difference.
+  """
+  for one in plans:
+    path = one.workdir / "config.json"
+    if path.exists():
+      config = one.config
+      if config.model.compute_dtype == "auto":  # the run has written what that was
+        there = read_json(path).get("model", {}).get("compute_dtype", "auto")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=there))
+      workdirs.check_same_run(one.workdir, config)
 
 
 def plan(run, folder, overrides=()):

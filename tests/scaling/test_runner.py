@@ -7,12 +7,15 @@ import shutil
 import pytest
 
 from clip_jax.scaling import runner, sweep
+from clip_jax.scaling import status as statuses
 
 RECIPE = "tests/end_to_end/recipe.py"
 
 
 class Scripted:
   """Does with each run what a script says: steps it gets to, and the code it ends with; then it is started again, or not."""
+
+  pause = 0
 
   def __init__(self, folder, most, scripts):
     self.most, self._folder, self._scripts, self._over = most, folder, scripts, []
@@ -68,7 +71,7 @@ def plans(tmp_path):
 def run(tmp_path, plans, most=1, **scripts):
   executor = Scripted(tmp_path, most, scripts)
   seen = []
-  rows = runner.Runner(plans, executor).run(seen.append, pause=0)
+  rows = runner.Runner(plans, executor).run(seen.append)
   return executor, {row.planned.run.name: row for row in rows}, seen
 
 
@@ -122,6 +125,17 @@ def test_a_checkpoint_that_is_gone_is_told(tmp_path, plans):
 
 def test_stopping_leaves_the_rest(tmp_path, plans):
   executor = Scripted(tmp_path, 1, {"a_x_3": [(30, 75)]})
-  asked = iter([False, True])
-  rows = runner.Runner(plans, executor).run(stopped=lambda: next(asked), pause=0)
+  asked = iter([False, False, True])
+  rows = runner.Runner(plans, executor).run(stopped=lambda: next(asked))
   assert executor.started == ["a_x_3"] and {row.state for row in rows} == {"ready", "waits for a_x_3"}
+
+
+def test_a_long_evaluation_in_the_log_is_seen(tmp_path, plans):
+  planned = dataclasses.replace(plans[-1], config=dataclasses.replace(plans[-1].config, eval=dataclasses.replace(plans[-1].config.eval, data_root="x", datasets=("y",))))
+  train(planned, 60)
+  assert not statuses.read(planned).complete
+  scores = {f"eval/set_{i}/a_long_name_of_a_metric": 0.5 for i in range(2_000)}
+  with (planned.workdir / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps({"step": 60, **scores}) + "\n")
+  found = statuses.read(planned)
+  assert (found.complete, found.step, found.saved, found.loss) == (True, 60, 60, 2.0)

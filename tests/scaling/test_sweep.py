@@ -1,5 +1,6 @@
 """Sweeps: the runs they have, as commands and as configs, and what is said of those that cannot be used."""
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -133,3 +134,17 @@ def test_names_and_arguments_of_sweeps(tmp_path):
     sweep.load(f"{written(tmp_path, 'def get_sweep(): pass')}:x", tmp_path)
   with pytest.raises(UsageError, match="'some' is no part of this grid; all, published and constant are"):
     sweep.load("openclip_grid:some", tmp_path)
+
+
+def test_a_run_of_another_config_is_not_taken_for_one_of_the_sweep(tmp_path):
+  def planned(**overrides):
+    return sweep.plan(sweep.Run("a", RECIPE, {"data.path": "x.tar", "model.compute_dtype": "auto", **overrides}), tmp_path)
+
+  first = planned()
+  sweep.check_unchanged([first])  # there is nothing yet
+  first.workdir.mkdir()
+  settled = dataclasses.replace(first.config, model=dataclasses.replace(first.config.model, compute_dtype="bfloat16"))
+  (first.workdir / "config.json").write_text(json.dumps(configs.to_dict(settled)))
+  sweep.check_unchanged([first, planned(**{"train.log_every": 7})])
+  with pytest.raises(UsageError, match=r"a holds a run with config.optimizer.learning_rate=0.001, and this config has 0.002"):
+    sweep.check_unchanged([planned(**{"optimizer.learning_rate": 2e-3})])
