@@ -161,9 +161,6 @@ def _report(arguments):
   if arguments.workdir.endswith((".csv", ".json")):
     return {"report": str(evaluation_page.write(arguments.workdir))}
   if (Path(arguments.workdir) / "sweep.json").exists():
-    from clip_jax.scaling import collect
-
-    collect.results(arguments.workdir)
     return {"report": scaling.page(arguments.workdir)["report"]}
   try:
     return {"report": str(page.write(arguments.workdir))}

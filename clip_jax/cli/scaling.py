@@ -104,7 +104,7 @@ def _run(arguments):
   failed = [f"{row.planned.run.name}: {row.reason}" for row in rows if row.state in ("failed", "blocked")]
   complete = all(state == "done" for state in states.values())
   code = 0 if complete else EXIT_FAILED if failed else EXIT_TRY_AGAIN
-  return head | {"states": states, "failed": failed, "exit_code": code} | _conclude(folder, rows)
+  return head | {"states": states, "failed": failed, "exit_code": code} | page(folder)
 
 
 def _head(arguments, plans):
@@ -163,41 +163,39 @@ def _sentences(head):
   return text
 
 
-def _conclude(folder, rows):
-  """Results, laws, plots and the page of what is finished."""
-  from clip_jax.scaling import collect
-
-  if not any(row.state == "done" for row in rows):
-    return {}
-  if not collect.rows(folder):
-    files.tell("There is nothing to fit a law to: the recipe says nothing in config.eval that a run is evaluated on.")
-    return {}
-  return {"results": str(collect.results(folder)[0])} | page(folder)
-
-
 def page(folder):
-  """Fits the laws of a sweep, and writes its plots and its page.
+  """Collects what a sweep has found, fits its laws, and writes its plots and its page.
 
   Args:
-    folder: of the sweep, with its `results.csv`.
+    folder: of the sweep.
 
   Returns:
-    A dict of "laws", "plots" and "report", paths; and "without_law", sentences.
+    A dict of "report", a path; and, if a run is finished that was evaluated, "results", "laws" and "plots", paths, and
+    "without_law", sentences.
   """
-  from clip_jax.report import scaling_page, scaling_plots
+  from clip_jax.report import scaling_page
   from clip_jax.scaling import collect
 
-  missing = collect.write_laws(folder)
-  laws = files.read_json(Path(folder) / collect.LAWS)["laws"]
+  found = {}
+  if collect.rows(folder):
+    results, _ = collect.results(folder)
+    missing = collect.write_laws(folder)
+    found = {"results": str(results), "laws": str(Path(folder) / collect.LAWS), "plots": _plots(folder), "without_law": missing}
+  return found | {"report": str(scaling_page.write(folder))}
+
+
+def _plots(folder):
+  from clip_jax.report import scaling_plots
+  from clip_jax.scaling import collect
+
   plots = {}
-  for law in laws:
+  for law in files.read_json(Path(folder) / collect.LAWS)["laws"]:
     plots.setdefault(re.sub(r"[^\w.@+-]+", "-", f"{law['task']}-{law['metric']}"), []).append(law)
   (Path(folder) / "plots").mkdir(exist_ok=True)
   paths = [Path(folder) / "plots" / f"{name}.svg" for name in plots]
   for path, drawn in zip(paths, plots.values(), strict=True):
     scaling_plots.write(path, drawn)
-  report = scaling_page.write(folder)
-  return {"laws": str(Path(folder) / collect.LAWS), "plots": [str(path) for path in paths], "report": str(report), "without_law": missing}
+  return [str(path) for path in paths]
 
 
 def _show_run(found):
@@ -278,7 +276,9 @@ def table_of(rows):
   found = Table(title=f"{sum(row.state == 'done' for row in rows)} of {len(rows)} runs are done", title_justify="left")
   for column, side in (("run", "left"), ("state", "left"), ("step", "right"), ("loss", "right"), ("samples/s", "right"), ("left", "right")):
     found.add_column(column, justify=side, no_wrap=True)
-  for row in rows:
+  # What there is most to see of comes first: a terminal may have fewer lines than a sweep has runs.
+  first = ("running", "failed", "blocked", "ready", "waits", "done")
+  for row in sorted(rows, key=lambda row: first.index(row.state.partition(" ")[0])):
     status, running = row.status, row.state == "running"
     style = {"done": "green", "running": "bold", "failed": "red", "blocked": "red"}.get(row.state, "dim")
     found.add_row(
@@ -321,6 +321,8 @@ def _fit(arguments):
 
 
 def _show_fit(found):
+  from clip_jax.scaling import collect
+
   for law in found:
     group = "" if law["group"] is None else f"{law['group']}: "
     print(f"{group}{law['task']} {law['metric']}, {law['method']}, {law['n']} points")
@@ -334,3 +336,6 @@ def _show_fit(found):
     for one in law["forecast"]:
       between = "" if one["low"] is None else f", a new run 95 % between {one['low']:.4f} and {one['high']:.4f}"
       print(f"  at C = {one['compute']:.3g}: E = {one['error']:.4f}{between}")
+    if law["method"] == "frontier":
+      for one in collect.optimal(law)["budgets"]:
+        print(f"  best at C = {one['compute']:.3g}, by the runs on the frontier: {one['gmacs']:.3g} GMACs a pair, {one['samples']:.3g} samples")

@@ -164,7 +164,7 @@ def _law(law, members, at):
   keys = ("method", "n", "beta", "alpha", "limit", "beta_ci", "alpha_ci", "limit_ci", "mae", "leave_one_out", "residuals")
   return {key: getattr(law, key) for key in keys} | {
     "points": [_point(one) for one in members],
-    "fitted": [{"compute": one.compute, "error": one.error, "name": members[one.index].name} for one in law.fitted],
+    "fitted": [{"compute": one.compute, "error": one.error, "name": members[one.index].name, "index": one.index} for one in law.fitted],
     "curve": [row(*one) for one in zip(places, law(places), *band, strict=True)],
     "forecast": [row(compute, error, *(interval or (None, None))) for compute, error, interval in forecasts],
   }
@@ -187,8 +187,7 @@ def optimal(law):
   """
   points = sorted(law["points"], key=lambda one: (one["compute"], one["error"]))
   frontier = [one for i, one in enumerate(points) if all(one["error"] < other["error"] for other in points[:i])]
-  named = {one["name"]: one for one in points}
-  winners = [named[one["name"]] for one in law["fitted"] if named[one["name"]]["gmacs"]]
+  winners = [point for point in (law["points"][one["index"]] for one in law["fitted"]) if point["gmacs"]]
   exponent, budgets = None, []
   if len({one["gmacs"] for one in winners}) > 1 and len({one["compute"] for one in winners}) > 1:
     exponent, height = np.polyfit(*(np.log10([one[key] for one in winners]) for key in ("compute", "gmacs")), 1)

@@ -126,6 +126,7 @@ def test_stopped_by_a_signal_it_saves_all_runs_and_says_so(sweep, tmp_path):
   assert "Stopped; what is trained is saved. The same command goes on." in out and trainers(workdir) == []
   step = json.loads(log.read_text().splitlines()[-1])["step"]
   assert (workdir / f"runs/small_there_5000/checkpoints/{step}/card").is_dir()
+  assert out.splitlines()[:2] == ["0 of 4 runs are done.", f"{workdir}/report.html"] and "No law has been fitted" in (workdir / "report.html").read_text()
 
 
 def test_what_would_be_run_is_printed_and_nothing_is_made(sweep, tmp_path, capsys):

@@ -94,7 +94,7 @@ def test_the_compute_optimal_model_grows_as_it_was_made_to(folder):
   points += [{"name": f"worse{i}", "gmacs": 1.0, "compute": c * 1.1, "error": 1.2 * c**-0.1} for i, c in enumerate(computes)]
   for one in points:
     one |= {"arch": one["name"], "data": "x", "samples": one["compute"] / one["gmacs"]}
-  fitted = [{"name": f"best{i}", "compute": 0, "error": 0} for i in range(5)]
+  fitted = [{"index": i} for i in range(5)]
   law = {"task": "t", "metric": "m", "points": points, "fitted": fitted, "forecast": [{"compute": 1e8, "error": 0.1}]}
   found = collect.optimal(law)
   assert [one["name"] for one in found["frontier"]] == [f"best{i}" for i in range(5)]
