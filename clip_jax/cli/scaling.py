@@ -75,6 +75,9 @@ def _compute(text):
 
 
 def _run(arguments):
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")  # of this process alone: accelerators are for those that it starts
   from clip_jax.scaling import collect, executors, runner, sweep
   from clip_jax.train import stopping
 
@@ -104,7 +107,7 @@ def _run(arguments):
   failed = [f"{row.planned.run.name}: {row.reason}" for row in rows if row.state in ("failed", "blocked")]
   complete = all(state == "done" for state in states.values())
   code = 0 if complete else EXIT_FAILED if failed else EXIT_TRY_AGAIN
-  return head | {"states": states, "failed": failed, "exit_code": code} | page(folder)
+  return head | {"executor": arguments.executor, "states": states, "failed": failed, "exit_code": code} | page(folder)
 
 
 def _head(arguments, plans):
@@ -127,9 +130,6 @@ def _head(arguments, plans):
 
 
 def _cost(plans, topology, price):
-  from clip_jax.parallel import distributed
-
-  distributed.leave_tpu_out()
   from clip_jax.plan import planner
 
   where, hours, without, known = planner.target(topology), 0.0, [], {}
@@ -210,7 +210,8 @@ def _show_run(found):
     if key in found:
       print(found[key])
   if found["exit_code"] == EXIT_TRY_AGAIN:
-    print("Stopped; what is trained is saved. The same command goes on.")
+    left = "what is trained is saved" if found["executor"] == "local" else "jobs go on without it"
+    print(f"Stopped; {left}. The same command goes on.")
 
 
 class _Live:
