@@ -20,9 +20,9 @@ install: .venv/.test
 quickstart: .venv/.quickstart
 	@$(BIN)/python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-# A file's tests stay together, for the runs they share; a process takes up to 4 GB.
+# A file's tests stay together, for the runs they share, in the order of tests/conftest.py; a process takes up to 4 GB.
 test: .venv/.test
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # A run that is killed a hundred times: at most twenty minutes.
 soak: .venv/.test

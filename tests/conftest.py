@@ -1,5 +1,6 @@
 """Shared by all tests: eight CPU devices in this process, and small things to train on."""
 
+import collections
 import io
 import os
 import tarfile
@@ -63,6 +64,12 @@ def write_colors(path, copies=8):
           member = tarfile.TarInfo(f"{copy:03}{label:03}.{extension}")
           member.size = len(content)
           tar.addfile(member, io.BytesIO(content))
+
+
+def pytest_collection_modifyitems(items):
+  """Files with the most slow tests begin first, or one of them would keep one core busy, alone, for minutes at the end."""
+  slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+  items.sort(key=lambda item: -slow[item.path])  # stable: all else stays as it was
 
 
 @pytest.fixture(scope="session")

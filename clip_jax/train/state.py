@@ -59,22 +59,29 @@ def describe(config, mesh):
   """
   optimizer, _ = optimizers.create(config)
 
-  def init():
-    return initial_params(config.model, jax.random.key(config.train.seed))
-
-  def create():
-    params = optimizers.scaled(nn.unbox(init()), config.train.init_multipliers)
+  def around(annotated):
+    params = optimizers.scaled(nn.unbox(annotated), config.train.init_multipliers)
     ema = None if config.optimizer.ema_decay is None else params
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), ema, zero, zero)
 
-  shapes = jax.eval_shape(create)
+  def create():
+    return around(initial_params(config.model, jax.random.key(config.train.seed)))
+
+  annotated = _shapes_of(config.model)
+  shapes = jax.eval_shape(around, annotated)
   optimizers.check_patterns(config, shapes.params)
-  params, moments = rules.parameter_shardings(jax.eval_shape(init), mesh, config.mesh)
+  params, moments = rules.parameter_shardings(annotated, mesh, config.mesh)
   opt_state = _shardings_of_moments(shapes.opt_state, _with_shardings(shapes.params, moments), mesh)
   whole = rules.replicated(mesh)
   shardings = TrainState(whole, params, opt_state, None if shapes.ema is None else moments, whole, whole)
   return _with_shardings(shapes, shardings), create
+
+
+@functools.lru_cache(maxsize=1)
+def _shapes_of(model):
+  # A run asks several times, and each time the whole model would be traced.
+  return jax.eval_shape(lambda: initial_params(model, jax.random.key(0)))
 
 
 def _with_shardings(shapes, shardings):
