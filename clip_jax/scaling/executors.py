@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from clip_jax.errors import UsageError
-from clip_jax.files import read_json, write_json
+from clip_jax.files import read_json, tell, write_json
 
 SLURM = """#!/bin/bash
 #SBATCH --job-name=$name
@@ -123,7 +123,7 @@ class _Jobs:
     Raises:
       UsageError: the template is missing or cannot be used, or there is no cluster.
     """
-    self._folder, self.most = Path(folder), most
+    self._folder, self.most, self._silent = Path(folder), most, False
     (self._folder / "logs").mkdir(parents=True, exist_ok=True)
     self._known = self._folder / "jobs.json"
     self._jobs = read_json(self._known) if self._known.exists() else {}
@@ -163,7 +163,14 @@ class _Jobs:
 
   def ended(self):
     """Those whose jobs ended since the last time, as pairs of a name and an exit code; None where the cluster does not tell."""
-    alive = self.alive(list(self._jobs.values())) if self._jobs else set()
+    try:
+      alive = self.alive(list(self._jobs.values())) if self._jobs else set()
+    except UsageError as error:  # clusters do not always answer, and runs take days
+      if not self._silent:
+        tell(f"{error} Its jobs are taken to go on until it answers.")
+      self._silent = True
+      return []
+    self._silent = False
     gone = {name: job for name, job in sorted(self._jobs.items()) if job not in alive}
     for name in gone:
       del self._jobs[name]
@@ -250,7 +257,7 @@ def _ask(command, given=None):
   except FileNotFoundError as error:
     raise UsageError(f"{command[0]} is not on this machine; run this where jobs are submitted, or take --executor local or print.") from error
   if done.returncode:
-    raise UsageError(f"{' '.join(command[:3])} failed: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
+    raise UsageError(f"{' '.join(command[:3])} failed: {' '.join(done.stderr.split()).rstrip('.') or f'exit code {done.returncode}'}.")
   return done.stdout
 
 

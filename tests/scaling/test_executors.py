@@ -180,3 +180,15 @@ def test_templates_that_cannot_be_used_are_refused(tmp_path, monkeypatch):
   path.write_text("$command\n")
   with pytest.raises(UsageError, match="sbatch is not on this machine"):
     executors.Slurm(tmp_path, 1, path).start(planned("a", "pass"))
+
+
+def test_a_cluster_that_does_not_answer_for_a_while_is_waited_for(cluster, tmp_path, capsys):
+  (cluster / "sbatch.answer").write_text("7")
+  slurm = executors.Slurm(tmp_path, 9)
+  slurm.start(planned("a", "pass"))
+  (cluster / "refuses").write_text("slurm_load_jobs error: Unable to contact slurm controller")
+  assert slurm.ended() == slurm.ended() == [] and slurm.running({"a"}) == {"a"}
+  told = capsys.readouterr().err
+  assert told.count("Unable to contact slurm controller. Its jobs are taken to go on until it answers.") == 1
+  (cluster / "refuses").unlink()
+  assert slurm.ended() == [("a", None)]
