@@ -2,7 +2,7 @@
 
 Five models x LAION-80M, -400M and -2B x 3B, 13B and 34B samples seen: 45 runs, of which the authors trained 29
 (`openclip_grid:published` are these alone; of H/14 and g/14 they trained one each, on 2B). Learning rates, warm-ups and batch sizes
-are those of their table trained_models_info.csv; runs that are not in it have those of the nearest one. A batch "of 88k" is
+are those of their table trained_models_info.csv; runs that are not in it have those of one of the same model that is. A batch "of 88k" is
 86 x 1,024 here and was 88,064 to 90,112 there, so that TPU slices can share it; durations are 32, 160 and 428 epochs of LAION-80M, and
 theirs vary by up to 7 % about that. `openclip_grid:constant` shares work between durations instead, as cooldowns of the longest runs.
 """
