@@ -95,7 +95,7 @@ class Runner:
     if state == "failed":
       return self._failed[planned.run.name]
     if state == "blocked" and planned.run.parent not in self._failed:
-      return f"{planned.run.parent} has no checkpoint at step {planned.run.fork_step:,} any more"
+      return f"{planned.run.parent} is done and has kept no checkpoint at step {planned.run.fork_step:,}; a run by itself needs another name"
     return f"{planned.run.parent} failed" if state == "blocked" else ""
 
   def _start(self, rows):

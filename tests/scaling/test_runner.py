@@ -120,7 +120,7 @@ def test_what_fails_is_told_with_its_last_words_and_blocks_only_what_needs_it(tm
 def test_a_checkpoint_that_is_gone_is_told(tmp_path, plans):
   train(dataclasses.replace(plans[0], config=plans[-1].config), 80)  # without those it should have kept
   _, rows, _ = run(tmp_path, plans)
-  assert rows["a_x_1"].state == "blocked" and rows["a_x_1"].reason == "a_x_3 has no checkpoint at step 16 any more"
+  assert rows["a_x_1"].state == "blocked" and rows["a_x_1"].reason == "a_x_3 is done and has kept no checkpoint at step 16; a run by itself needs another name"
 
 
 def test_stopping_leaves_the_rest(tmp_path, plans):
