@@ -313,7 +313,7 @@ def _fit(arguments):
 
   rows = table.read(arguments.results)
   where = [table.condition(text) for text in arguments.where]
-  found = collect.laws(rows, [arguments.task], arguments.metric, arguments.method, where, arguments.group, arguments.at)
+  found = collect.laws(rows, [arguments.task], arguments.metric, arguments.method, where, arguments.group, arguments.at, files.tell)
   if arguments.plot:
     from clip_jax.report import scaling_plots
 

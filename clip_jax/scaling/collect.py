@@ -119,7 +119,7 @@ def results(folder, output=None):
   return path, found
 
 
-def laws(rows, tasks, metric=None, method="frontier", where=(), group=None, at=()):
+def laws(rows, tasks, metric=None, method="frontier", where=(), group=None, at=(), tell=lambda sentence: None):
   """Laws fitted to the rows of a table.
 
   Args:
@@ -130,14 +130,15 @@ def laws(rows, tasks, metric=None, method="frontier", where=(), group=None, at=(
     where: as `clip_jax.scaling.table.points` takes it.
     group: a column; a law for each value of it. None: one law.
     at: computes to forecast, GMACs times samples; BEYOND times the largest if empty.
+    tell: called with a sentence for each group that has no law.
 
   Returns:
     A list of dicts, ready for JSON (docs/scaling.md has their keys).
 
   Raises:
-    UsageError: there is nothing to fit; the message names the group.
+    UsageError: there is nothing to fit, in any group.
   """
-  found = []
+  found, missing = [], []
   for task in tasks:
     points = table.points(rows, task, metric, where)
     for value, members in (table.grouped(points, group) if group else {None: points}).items():
@@ -145,8 +146,13 @@ def laws(rows, tasks, metric=None, method="frontier", where=(), group=None, at=(
         law = power_law.fit([one.compute for one in members], [one.error for one in members], method)
       except UsageError as error:
         about = f"{task}{'' if value is None else f', {group} {value}'}"
-        raise UsageError(f"{about}: {error}") from error
+        missing.append(f"{about}: {error}")
+        continue
       found.append({"group": value, "task": task, "metric": metric or members[0].metric} | _law(law, members, at))
+  if not found:
+    raise UsageError(missing[0])
+  for sentence in missing:
+    tell(sentence)
   return found
 
 

@@ -85,6 +85,10 @@ def test_laws_of_groups_and_forecasts(folder):
   json.dumps(groups, allow_nan=False)
   with pytest.raises(UsageError, match="held, name S_x_1000: A law needs at least two points"):
     collect.laws(rows, ["held"], group="name")
+  told = []
+  few = [row for row in rows if row.values["arch"] != "L" or row.values["samples_seen"] == 1_000 and row.values["upstream_dataset"] == "x"]
+  found = collect.laws(few, ["held"], method="all", group="arch", tell=told.append)
+  assert [law["group"] for law in found] == ["S", "M"] and told == ["held, arch L: A law needs at least two points, of different compute, and there is one."]
 
 
 def test_the_compute_optimal_model_grows_as_it_was_made_to(folder):
