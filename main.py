@@ -19,11 +19,14 @@ import sys
 from absl import flags
 
 from clip_jax.config import recipes
-from clip_jax.errors import StorageError, TrainingError, UsageError
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+from clip_jax.errors import (
+  EXIT_FAILED,
+  EXIT_TRY_AGAIN,
+  EXIT_USAGE,
+  StorageError,
+  TrainingError,
+  UsageError,
+)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything that a run needs, print its plan, and stop.")

@@ -3,6 +3,10 @@
 import difflib
 import re
 
+# Of all programs here, beside 0 for done: anything else that goes wrong, what was given cannot be used, and EX_TEMPFAIL of sysexits.h:
+# stopped early with everything saved, start it again.
+EXIT_FAILED, EXIT_USAGE, EXIT_TRY_AGAIN = 1, 2, 75
+
 # What signs a request, in the query of a URL: a name that tells it, and a value. The sentence's own marks after it stay, and
 # so does what follows a value that is taken out already, as the name of a record does.
 # Nothing is tried twice (`++`, `?>`): messages quote what files hold, which may be long, and made to take long.

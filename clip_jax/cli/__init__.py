@@ -12,10 +12,8 @@ from pathlib import Path
 
 from clip_jax.cli import arguments as types
 from clip_jax.cli import data, doctor, embedding, evaluation, plan, scaling
-from clip_jax.errors import StorageError, UsageError, redact
+from clip_jax.errors import EXIT_FAILED, EXIT_USAGE, StorageError, UsageError, redact
 from clip_jax.files import tell
-
-EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 def main(argv=None):

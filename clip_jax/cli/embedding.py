@@ -10,13 +10,12 @@ import time
 from clip_jax import files
 from clip_jax.cli import arguments as types
 from clip_jax.cli import evaluation
-from clip_jax.errors import UsageError
+from clip_jax.errors import EXIT_TRY_AGAIN, UsageError
 
 EPILOG = """
 DIR has the layout of clip-retrieval: img_emb/img_emb_N.npy, text_emb/text_emb_N.npy (float16), metadata/metadata_N.parquet. The same
 command goes on with what a stopped one left. Processes of Slurm, Open MPI, a Cloud TPU slice or the JAX_* variables share the parts;
 other machines with the same folder do with --host and --hosts. A host that ends early does not disturb the others."""
-EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 DAYS = 30 * 86400  # that a process of a TPU slice, which is bound to the others, waits for them
 
 

@@ -3,9 +3,9 @@
 import dataclasses
 import time
 
+from clip_jax.errors import EXIT_TRY_AGAIN
 from clip_jax.scaling import status as statuses
 
-TRY_AGAIN = 75  # of main.py: stopped early with everything saved
 PATIENCE = 3  # ends in a row without a step, before a run counts as failed
 
 
@@ -121,7 +121,7 @@ class Runner:
     progress = status.step > self._begun.get(name, -1)
     self._in_vain[name] = 0 if progress else self._in_vain.get(name, 0) + 1
     # It was stopped, or killed by a signal. Of a job that is not known: one that got no further is taken for one that cannot.
-    again = progress if code is None else (code == TRY_AGAIN or code < 0) and self._in_vain[name] < PATIENCE
+    again = progress if code is None else (code == EXIT_TRY_AGAIN or code < 0) and self._in_vain[name] < PATIENCE
     if not again:
       ended = "ended" if code is None else f"ended with exit code {code}"
       self._failed[name] = f"{ended} at step {status.step:,}: {_last_words(self._executor.log(name))}"
