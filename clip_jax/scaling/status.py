@@ -1,8 +1,11 @@
 """How far the runs of a sweep are, read from their work directories alone: whoever trains them, and wherever."""
 
 import dataclasses
-import json
-import os
+
+from clip_jax.convert import native
+from clip_jax.train import hooks, metrics
+
+LINES = 40  # of a log, to tell how fast a run is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +36,15 @@ def read(planned):
     planned: a `clip_jax.scaling.sweep.Planned`.
   """
   config, steps = planned.config, planned.config.train.steps
-  saved = max((step for step in _saved(planned.workdir)), default=0)
-  lines = last_lines(planned.workdir / "metrics.jsonl")
+  saved = max((int(path.name) for path in native.steps_of(planned.workdir)), default=0)
+  lines = _lines(planned.workdir)
   training = [line for line in lines if "loss" in line]
   step = lines[-1]["step"] if lines else 0
-  evaluated = any(name.startswith("eval/") for line in lines if line["step"] == steps for name in line)
-  wanted = bool(config.eval.retrieval or config.eval.zero_shot or config.eval.datasets)
   rates = sorted(line["samples_per_second"] for line in training if line.get("samples_per_second"))
   rate = rates[len(rates) // 2] if rates else None  # of the last lines; one alone may hold a pause
   seconds = (steps - step) * config.train.global_batch_size / rate if rate else None
-  return Status(step, saved, saved == steps and (evaluated or not wanted), training[-1]["loss"] if training else None, rate, seconds)
+  complete = saved == steps and not hooks.evaluation_missing(lines, config, steps)
+  return Status(step, saved, complete, training[-1]["loss"] if training else None, rate, seconds)
 
 
 def forkable(planned):
@@ -52,42 +54,11 @@ def forkable(planned):
     planned: a `clip_jax.scaling.sweep.Planned`.
   """
   origin = planned.config.train.fork_from
-  return not origin or os.path.isdir(os.path.join(origin, "card")) or bool(_saved(planned.workdir))
+  return not origin or native.find(origin) is not None or bool(native.steps_of(planned.workdir))
 
 
-def last_lines(path, size=16_384):
-  """The whole lines at the end of a log, as dicts; none if it is not there.
-
-  Args:
-    path: of `metrics.jsonl`.
-    size: bytes to read; more, until there are two lines, as that of an evaluation may be long.
-  """
-  while True:
-    try:
-      with open(path, "rb") as file:
-        before = max(0, os.fstat(file.fileno()).st_size - size)
-        file.seek(before)
-        text = file.read().decode(errors="replace")
-    except OSError:
-      return []
-    found = list(_whole(text))
-    if len(found) > 1 or not before:
-      return found
-    size *= 4
-
-
-def _whole(text):
-  for line in text.splitlines():
-    try:
-      one = json.loads(line)
-    except ValueError:  # the part of a line that the file was entered in, or that is just being written
-      continue
-    if isinstance(one, dict) and "step" in one:
-      yield one
-
-
-def _saved(workdir):
+def _lines(workdir):
   try:
-    return [int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit()]
-  except OSError:
+    return metrics.read(workdir / "metrics.jsonl", LINES)
+  except (OSError, ValueError):  # while it is being written again, after trouble with a disk
     return []

@@ -337,6 +337,19 @@ def evaluation_due(config, step):
   return step > 0 and (step == config.train.steps or config.eval.every > 0 and step % config.eval.every == 0)
 
 
+def evaluation_missing(lines, config, step):
+  """Whether a run that goes on from a step has still to evaluate it.
+
+  Args:
+    lines: the end of its `metrics.jsonl`, as `clip_jax.train.metrics.read` gives it.
+    config: a resolved `Config`.
+    step: updates done.
+  """
+  if not (evaluation_due(config, step) and (config.eval.retrieval or config.eval.zero_shot or config.eval.datasets)):
+    return False
+  return not any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
+
+
 def check_window(window, steps):
   """Checks that a window of steps to trace makes sense.
 

@@ -191,7 +191,7 @@ def _run(run):
   described = states.describe(config, run.mesh)[0]
   state, card = _restored(run, described)
   started = start = card.get("step", 0)
-  if start >= config.train.steps and not evaluation_missing(last_lines(workdir, config), config, start):
+  if start >= config.train.steps and not hooks.evaluation_missing(last_lines(workdir, config), config, start):
     return Result(start, config.train.steps, start)
   watchdog = Watchdog(config.train.step_timeout)
   ready = prepare(config, workdir, run.mesh, card, watchdog.alive)
@@ -253,7 +253,7 @@ def _train(run, ready, watchdog, rollbacks, state, start):
       run.signals.training()
       for values in rollbacks.to_write(start, before):
         writer.write(start, start * batch, values)
-      if evaluation_missing(before, config, start):
+      if hooks.evaluation_missing(before, config, start):
         evaluate(start, state, None)
       for done in range(start + 1, config.train.steps + 1):
         named.last = done
@@ -287,19 +287,6 @@ def last_lines(workdir, config):
     config: a resolved `Config`.
   """
   return agreement.of_first(lambda: metrics.read(Path(workdir) / "metrics.jsonl", guard.lines_to_know(config)))
-
-
-def evaluation_missing(lines, config, step):
-  """Whether a run that goes on from a step has still to evaluate it.
-
-  Args:
-    lines: what `last_lines` returns.
-    config: a resolved `Config`.
-    step: updates done.
-  """
-  if not (hooks.evaluation_due(config, step) and (config.eval.retrieval or config.eval.zero_shot or config.eval.datasets)):
-    return False
-  return not any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
 
 
 def create_evaluators(config, mesh, training, alive=lambda: None):

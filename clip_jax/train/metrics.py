@@ -241,16 +241,31 @@ def read(path, last=0):
 
   Args:
     path: the file; one that is missing has no lines, and a last line that is cut off does not count.
-    last: how many of the last ones to parse; 0: all.
+    last: how many of the last ones to read; 0: all.
 
   Returns:
     A list of dicts.
   """
   try:
-    text = Path(path).read_text(encoding="utf-8")
+    with open(path, "rb") as file:
+      lines = _end(file, last) if last else file.readlines()
   except FileNotFoundError:
     return []
-  return [json.loads(line) for line in text.splitlines(keepends=True)[-last:] if line.endswith("\n")]
+  return [json.loads(line) for line in lines[-last:] if line.endswith(b"\n")]
+
+
+def _end(file, count, size=16_384):
+  """At least that many lines at the end of a file, the last of which may be cut off; fewer if there are no more."""
+  length = file.seek(0, os.SEEK_END)
+  while True:
+    start = max(length - size, 0)
+    file.seek(start)
+    lines = file.read(length - start).splitlines(keepends=True)
+    if not start:
+      return lines
+    if len(lines) > count:
+      return lines[1:]  # the first one may have begun before
+    size *= 4
 
 
 def drop_after(path, step):

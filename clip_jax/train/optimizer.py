@@ -178,7 +178,7 @@ def scaled(params, multipliers):
     multipliers: as `first_match`.
   """
   factor_of = first_match(multipliers)
-  return _by_path(params, lambda name, param: param if factor_of(name) == 1 else param * factor_of(name))
+  return _by_path(params, lambda name, param: param if (factor := factor_of(name)) == 1 else param * factor)
 
 
 def multiplier(config):
