@@ -3,16 +3,16 @@
 Where the learning rates of both are the same until then, the fork is, bit for bit, the run that it would have been from its own beginning.
 """
 
-import json
+import contextlib
+import shutil
 from pathlib import Path
-
-import jax
 
 from clip_jax import config as configs
 from clip_jax.convert import native
 from clip_jax.errors import ConfigError, DataError, UsageError
-from clip_jax.files import read_json, write_json, write_text
+from clip_jax.files import read_json, write_json
 from clip_jax.parallel import agreement
+from clip_jax.train import metrics
 from clip_jax.train import workdir as workdirs
 
 # What may be different after it, beside what may change whenever a run is resumed; but for keys that say what the optimizer keeps.
@@ -37,9 +37,7 @@ def begin(config, workdir, checkpoints, described):
   """
   path, step = check(config)
   state, card = checkpoints.restore_from(path, described)
-  if jax.process_index() == 0:
-    _copy_past(path.parents[1], Path(workdir), step)
-  agreement.everyone(True)  # nobody reads before it is there
+  _first_does(lambda: _copy_past(path.parents[1], Path(workdir), step))
   return state, card
 
 
@@ -55,20 +53,23 @@ def check(config):
   Raises:
     UsageError: as `begin`.
   """
-  found = agreement.of_first(lambda: _problem(config))
-  if found:
-    raise UsageError(found)
+  _first_does(lambda: _check(config))
   path = Path(config.train.fork_from).absolute()
   return path, int(path.name)
 
 
-def _problem(config):
-  # As text: what one process raises alone leaves the others waiting.
-  try:
-    _check(config)
-  except UsageError as error:
-    return str(error)
-  return None
+def _first_does(something):
+  # Its errors as text, for all: what one process raises alone leaves the others waiting.
+  def said():
+    try:
+      something()
+    except UsageError as error:
+      return str(error)
+    return None
+
+  found = agreement.of_first(said)
+  if found:
+    raise UsageError(found)
 
 
 def _check(config):
@@ -91,18 +92,13 @@ def _check(config):
 
 
 def _copy_past(parent, workdir, step):
-  lines = []
+  log = workdir / "metrics.jsonl"
   try:
-    with (parent / "metrics.jsonl").open(encoding="utf-8") as file:
-      for line in file:
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-          break  # the other run may be alive, and further
-        lines.append(line)
-  except FileNotFoundError:
-    pass  # a checkpoint that somebody copied alone
+    with contextlib.suppress(FileNotFoundError):  # of a checkpoint that somebody copied alone
+      shutil.copyfile(parent / "metrics.jsonl", log)
+    metrics.drop_after(log, step)  # the other run may be alive, and further
   except (OSError, ValueError, KeyError) as error:
     raise DataError(f"{parent / 'metrics.jsonl'} cannot be read ({error}).") from error
-  write_text(workdir / "metrics.jsonl", "".join(lines))
   left_out = parent / "rollbacks.json"
   if left_out.exists():
     entries = [one for one in read_json(left_out)["rollbacks"] if one["to"] <= step]
