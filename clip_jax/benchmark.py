@@ -17,6 +17,7 @@ from clip_jax.data.locations import cache_folder, cache_key
 from clip_jax.errors import UsageError
 from clip_jax.evaluate import datasets, tasks, uncertainty
 from clip_jax.evaluate.encode import Encoder
+from clip_jax.evaluate.result import column
 from clip_jax.files import read_json, write_bytes, write_text
 from clip_jax.parallel import mesh as meshes
 from clip_jax.parallel import rules
@@ -24,8 +25,6 @@ from clip_jax.parallel import rules
 FORMAT = 1  # of results.json
 KEYS = ("model", "pretrained", "dataset", "task", "language", "split")  # what a row is about
 SHOWN = 12  # pictures of a kind on the page
-# What CLIP_benchmark calls what we log: it names the side that is retrieved.
-COLUMNS = {"image_to_text": "text_retrieval", "text_to_image": "image_retrieval"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +264,7 @@ class Results:
       for kind, value in zip(("metrics", "standard_errors", "chance"), score, strict=True):
         known = value is not None and not math.isnan(value)
         if known or kind == "metrics":
-          row[kind][_column(metric)] = value if known else None
+          row[kind][column(metric)] = value if known else None
     self._replace("rows", row, KEYS)
     details = {key: result.details[key] for key in ("confusions", "classes", "reliability") if key in result.details}
     if "retrieval" in result.details:
@@ -287,7 +286,7 @@ class Results:
     for metric, (values, groups) in earlier.outcomes.items():
       other, _ = later.outcomes[metric]
       both = [found.scores[metric].value for found in (earlier, later)]
-      entry = about | {"metric": _column(metric), "values": both}
+      entry = about | {"metric": column(metric), "values": both}
       self._replace("comparisons", entry | uncertainty.paired(values, other, groups), (*about, "metric"))
 
   def _replace(self, kind, entry, keys):
@@ -315,14 +314,6 @@ class Results:
       found |= row["metrics"] | {f"{name}_standard_error": value for name, value in row["standard_errors"].items()}
       writer.writerow(found)
     return text.getvalue()
-
-
-def _column(metric):
-  way, _, measure = metric.partition("_R@")
-  full = way.removesuffix("_full")
-  if full not in COLUMNS:
-    return metric
-  return f"{COLUMNS[full]}_{'full_' if full != way else ''}recall@{measure}"
 
 
 def open_models(paths, name=None, ema=None, average=1):

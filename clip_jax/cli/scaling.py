@@ -9,14 +9,13 @@ from pathlib import Path
 
 from clip_jax import files
 from clip_jax.cli import arguments as types
-from clip_jax.errors import UsageError
+from clip_jax.errors import EXIT_FAILED, EXIT_TRY_AGAIN, UsageError
 
 EPILOG = """
 A sweep is a Python file whose get_sweep() returns runs, such as configs/scaling/emoji_grid.py; those in configs/scaling are known by
 name. FILE:ARGUMENT is passed on to it. --config.a.b=value changes a key of all runs (docs/scaling.md)."""
 EXECUTORS = ("local", "slurm", "gke", "print")
 SECONDS_BETWEEN_LINES = 30
-EXIT_FAILED, EXIT_TRY_AGAIN = 1, 75  # of main.py, too
 
 
 def add(verbs, verb):
@@ -177,9 +176,9 @@ def page(folder):
   from clip_jax.scaling import collect
 
   found = {}
-  if collect.rows(folder):
-    results, _ = collect.results(folder)
-    missing = collect.write_laws(folder)
+  rows = collect.rows(folder)
+  if rows:
+    results, missing = collect.write_results(folder, rows), collect.write_laws(folder)
     found = {"results": str(results), "laws": str(Path(folder) / collect.LAWS), "plots": _plots(folder), "without_law": missing}
   return found | {"report": str(scaling_page.write(folder))}
 

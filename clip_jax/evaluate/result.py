@@ -3,6 +3,9 @@
 import dataclasses
 from typing import NamedTuple
 
+# CLIP_benchmark names the side that is retrieved.
+RETRIEVED = {"image_to_text": "text_retrieval", "text_to_image": "image_retrieval"}
+
 
 class Score(NamedTuple):
   """One number, with how much of it is chance."""
@@ -37,3 +40,12 @@ class Result:
       beside = {"chance": score.chance, "standard_error": score.standard_error}
       found |= {f"eval/{name}/{metric}/{key}": value for key, value in beside.items() if value is not None}
     return found
+
+
+def column(metric):
+  """What CLIP_benchmark calls a score that is logged here as `metric`: "image_to_text_R@5" is its "text_retrieval_recall@5"."""
+  way, _, measure = metric.partition("_R@")
+  full = way.removesuffix("_full")
+  if full not in RETRIEVED:
+    return metric
+  return f"{RETRIEVED[full]}_{'full_' if full != way else ''}recall@{measure}"

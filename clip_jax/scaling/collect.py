@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.errors import DataError, UsageError
+from clip_jax.evaluate import datasets
+from clip_jax.evaluate.result import column
 from clip_jax.files import read_json, write_json
 from clip_jax.scaling import power_law, sweep, table
 
 FORMAT = 1  # of sweep.json and laws.json
 SWEEP, RESULTS, LAWS = "sweep.json", "results.csv", "laws.json"
 EVALUATION = "evaluation.json"  # of `clip-jax eval FOLDER/runs/* --output FOLDER/evaluation.csv`
-# Our names of recalls say what is given and what is looked for, those of the table only the latter.
-COLUMN_OF = {"text_to_image_R@5": "image_retrieval_recall@5", "image_to_text_R@5": "text_retrieval_recall@5"}
 CURVE = 61  # computes at which a law is drawn
 BEYOND = (1.0, 10.0)  # times the largest compute: what is forecast unless something else is asked for
 
@@ -59,7 +59,7 @@ def rows(folder):
       "name": run["name"],
     }
     for dataset, values in (scores | beside.get(run["name"], {})).items():
-      kind = "zeroshot_retrieval" if any("retrieval" in column for column in values) else "zeroshot_classification"
+      kind = datasets.RETRIEVAL if any("retrieval" in name for name in values) else datasets.CLASSIFICATION
       found.append({**about, "downstream_dataset": dataset, **values, "task": kind})
   return found
 
@@ -78,9 +78,9 @@ def _last_evaluation(path, step):
     found = found or {}
     for key, value in values.items():
       dataset, _, metric = key.removeprefix("eval/").rpartition("/")
-      column = COLUMN_OF.get(metric, metric)
-      if key.startswith("eval/") and column in table.METRICS and value is not None:
-        found.setdefault(dataset, {})[column] = value
+      name = column(metric)
+      if key.startswith("eval/") and name in table.METRICS and value is not None:
+        found.setdefault(dataset, {})[name] = value
   return found
 
 
@@ -92,7 +92,7 @@ def _evaluated_later(folder):
   runs = (folder / sweep.RUNS).resolve()
   for row in read_json(path).get("rows", []):
     where = Path(row["pretrained"].partition(" (")[0]).resolve()
-    values = {column: value for column, value in row["metrics"].items() if column in table.METRICS and value is not None}
+    values = {name: value for name, value in row["metrics"].items() if name in table.METRICS and value is not None}
     if where.is_relative_to(runs) and where != runs and values:
       found.setdefault(where.relative_to(runs).parts[0], {})[row["dataset"]] = values
   return found
@@ -114,9 +114,23 @@ def results(folder, output=None):
   found = rows(folder)
   if not found:
     raise DataError(f"{folder} has no finished run that was evaluated yet; `clip-jax scaling run` goes on with it.")
+  return write_results(folder, found, output), found
+
+
+def write_results(folder, found, output=None):
+  """Writes the rows of a sweep.
+
+  Args:
+    folder: of the sweep.
+    found: what `rows` returns.
+    output: the file; `results.csv` in the folder if not given.
+
+  Returns:
+    Its path.
+  """
   path = Path(output or Path(folder) / RESULTS)
   table.write(path, found)
-  return path, found
+  return path
 
 
 def laws(rows, tasks, metric=None, method="frontier", where=(), group=None, at=(), tell=lambda sentence: None):

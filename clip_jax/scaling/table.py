@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clip_jax.errors import DataError, UsageError, did_you_mean
+from clip_jax.evaluate import datasets
 from clip_jax.files import write_text
 
 METRICS = (
@@ -35,7 +36,7 @@ TASKS = {
   "vtab+": "vtab+",
 }
 ROBUSTNESS = "imagenet_robustness"
-SHIFTED = ("imagenetv2", "imagenet-a", "imagenet-r", "imagenet_sketch", "objectnet")  # what it is the mean of
+SHIFTED = datasets.ROBUSTNESS  # what it is the mean of
 
 _DEFAULTS = {
   "mscoco_captions": "image_retrieval_recall@5",

@@ -52,7 +52,6 @@ FITS = {
   "ViT-L-14": {"train.remat": "full"},
   "ViT-g-14": {"mesh.data": -1, "mesh.fsdp": 64},  # 1,408 is no multiple of 256
 }
-ROBUSTNESS = ("imagenetv2", "imagenet-a", "imagenet-r", "imagenet_sketch", "objectnet")
 
 
 def get_sweep(which="all"):
@@ -66,7 +65,7 @@ def get_sweep(which="all"):
 
   common = {
     "eval.data_root": BENCHMARKS,
-    "eval.datasets": ("imagenet1k", *ROBUSTNESS, "mscoco_captions", "flickr30k"),
+    "eval.datasets": ("imagenet1k", "imagenet_robustness", "mscoco_captions", "flickr30k"),
     "checkpoint.keep_last": 2,
   }
   runs = sweep.grid(
