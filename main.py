@@ -53,7 +53,7 @@ def main(argv):
     if settings.deterministic:
       distributed.make_deterministic()
     distributed.enable_compilation_cache()
-    distributed.initialize(settings.host_timeout)
+    distributed.initialize(settings.host_timeout, settings.join_timeout)
     if DRY_RUN.value:
       check(config, argv, profile)
       return 0

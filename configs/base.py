@@ -94,6 +94,7 @@ def get_config():
   config.train.on_spike = "record"
   config.train.step_timeout = 1_800.0
   config.train.host_timeout = 100
+  config.train.join_timeout = 300
   config.train.deterministic = False
 
   config.optimizer = ConfigDict()

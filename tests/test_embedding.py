@@ -364,6 +364,9 @@ def test_a_wrong_command_is_one_sentence(start, undisturbed):
     assert message in err and not out and err.count("\n") == 1
 
 
+OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in (("SIZE", "2"), ("RANK", "1"), ("LOCAL_SIZE", "1"), ("LOCAL_RANK", "0"))}
+
+
 @pytest.mark.parametrize(
   "environment, given, wanted",
   [
@@ -371,9 +374,9 @@ def test_a_wrong_command_is_one_sentence(start, undisturbed):
     ({}, (2, 4), (2, 4)),
     ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, (), (3, 4)),
     ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, (0, 2), (0, 2)),
-    ({"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, (), (1, 4)),
-    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, (), (1, 2)),
-    ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "4"}, (), "JAX_PROCESS_ID and JAX_NUM_PROCESSES"),
+    ({"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}, (), (1, 4)),
+    ({**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "a:1"}, (), (1, 2)),
+    ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "4"}, (), "JAX_PROCESS_ID=4 and JAX_NUM_PROCESSES=4"),
     ({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, (), "set without JAX_COORDINATOR_ADDRESS"),
     ({}, (4, 4), "--host and --hosts"),
     ({}, (None, 4), "--host and --hosts"),
@@ -390,7 +393,7 @@ def test_each_process_knows_its_number_without_the_others(environment, given, wa
 
 
 def test_processes_that_share_a_machine_take_a_gpu_each(monkeypatch):
-  slurm = {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "4"}
+  slurm = {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_JOB_ID": "7"}
   for name, value in slurm.items():
     monkeypatch.setenv(name, value)
   taken = []

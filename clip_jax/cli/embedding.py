@@ -1,8 +1,6 @@
 """`clip-jax embed`: the images and texts of a set as embeddings."""
 
 import contextlib
-import os
-import re
 import signal
 import sys
 import time
@@ -97,38 +95,25 @@ def place(host=None, hosts=None):
   Raises:
     UsageError: only one of the two was given, or they do not go together.
   """
-  from clip_jax.parallel import distributed
+  from clip_jax.parallel import clusters, distributed
 
   if host is None and hosts is None:
-    variables = os.environ.get
-    if all(name in os.environ for name in distributed.BY_HAND):
-      names = distributed.BY_HAND[2], distributed.BY_HAND[1]
-    elif "SLURM_STEP_NODELIST" in os.environ and int(variables("SLURM_NTASKS", "1")) > 1:
-      names = "SLURM_PROCID", "SLURM_NTASKS"
-      _take_gpu(variables("SLURM_STEP_TASKS_PER_NODE", "1"), variables("SLURM_LOCALID"))
-    elif int(variables("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-      names = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
-      _take_gpu(variables("OMPI_COMM_WORLD_LOCAL_SIZE", "1"), variables("OMPI_COMM_WORLD_LOCAL_RANK"))
-    else:
-      distributed.initialize(DAYS)
-      import jax
+    cluster = clusters.find()
+    if cluster is not None and not cluster.joined:
+      if cluster.gpu is not None:
+        import jax
 
-      return jax.process_index(), jax.process_count()
-    host, hosts = (int(variables(name)) if variables(name, "").isdecimal() else None for name in names)
-  else:
-    names = "--host", "--hosts"
-  if host is None or hosts is None or host >= hosts:
-    raise UsageError(f"{names[0]} and {names[1]} must be whole numbers, the first smaller: 0 and 4 are the first of four machines.")
-  distributed.leave_tpu_out()
-  return host, hosts
-
-
-def _take_gpu(tasks, number):
-  # Of processes that share a machine, each has the GPU of its number, unless its launcher shows it no other.
-  if int(re.match(r"\d+", tasks)[0]) > 1 and number and "," in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+        jax.config.update("jax_cuda_visible_devices", str(cluster.gpu))
+      distributed.leave_tpu_out()
+      return cluster.number, cluster.count
+    distributed.initialize(DAYS)
     import jax
 
-    jax.config.update("jax_cuda_visible_devices", number)
+    return jax.process_index(), jax.process_count()
+  if host is None or hosts is None or host >= hosts:
+    raise UsageError("--host and --hosts must be whole numbers, the first smaller: 0 and 4 are the first of four machines.")
+  distributed.leave_tpu_out()
+  return host, hosts
 
 
 class Progress:

@@ -68,6 +68,7 @@ def check(config):
     ("train.spike_factor", config.train.spike_factor, 1, 1e9),
     ("train.step_timeout", config.train.step_timeout, 1, 1e9),
     ("train.host_timeout", config.train.host_timeout, 10, 10**6),
+    ("train.join_timeout", config.train.join_timeout, 1, 10**6),
     ("eval.every", config.eval.every, 0, 10**9),
     ("eval.batch_size", config.eval.batch_size, 1, 10**6),
     ("checkpoint.every", config.checkpoint.every, 1, 10**9),

@@ -129,6 +129,7 @@ class Train:
   on_spike: str = "record"  # or "rollback": go back to the last checkpoint and leave out the batches since then
   step_timeout: float | None = 1_800.0  # seconds without progress until all stacks are printed; after twice as long the run ends
   host_timeout: int = 100  # seconds without a sign of life from a host, until the others end
+  join_timeout: int = 300  # seconds to wait for the last process at the start
   deterministic: bool = False  # the same bits each time on GPUs, too, which costs speed there; TPUs and CPUs need no switch
 
 

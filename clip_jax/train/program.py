@@ -19,7 +19,7 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 CODE = ("losses", "models", "parallel", "train")  # packages that a step is traced from
 SECTIONS = ("model", "loss", "train", "optimizer", "mesh")  # of the config
 # Keys of `train` that a step does not depend on.
-NOT_IN_IT = ("log_every", "init_from", "init_tower", "max_bad_steps", "spike_factor", "spike_window", "on_spike", "step_timeout", "host_timeout")
+NOT_IN_IT = ("log_every", "init_from", "init_tower", "max_bad_steps", "spike_factor", "spike_window", "on_spike", "step_timeout", "host_timeout", "join_timeout")
 
 
 def save(path, compiled, config, mesh):

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from clip_jax.errors import UsageError
-from clip_jax.parallel import distributed
+from clip_jax.parallel import clusters, distributed, roll_call
 from tests.evaluate import conftest as clips
 from tests.parallel import two_processes
 from tests.parallel.test_rules import SHAPES
@@ -24,7 +23,7 @@ LAUNCHERS = ("TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "SLURM_NTASKS", "OM
 @pytest.fixture
 def environment(monkeypatch):
   """A function that sets variables, with none of a launcher left from outside."""
-  for name in (*distributed.BY_HAND, *LAUNCHERS):
+  for name in (*clusters.BY_HAND, *LAUNCHERS):
     monkeypatch.delenv(name, raising=False)
 
   def set_variables(**variables):
@@ -34,28 +33,11 @@ def environment(monkeypatch):
   return set_variables
 
 
-@pytest.fixture
-def joined(monkeypatch):
-  """The arguments of each call of `jax.distributed.initialize`, which does nothing, but for how long it shall wait for others."""
-  calls = []
-
-  def initialize(*args, heartbeat_timeout_seconds, shutdown_timeout_seconds):
-    assert heartbeat_timeout_seconds == shutdown_timeout_seconds == 100
-    calls.append(args)
-
-  monkeypatch.setattr(jax.distributed, "initialize", initialize)
-  return calls
-
-
-def by_hand(address="10.0.0.1:1234", count="4", number="2"):
-  return dict(zip(distributed.BY_HAND, (address, count, number), strict=True))
-
-
-def test_a_process_alone_joins_nobody(environment, joined):
+def test_a_process_alone_joins_nobody(environment, monkeypatch):
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it joined"))
   distributed.initialize()
   environment(TPU_WORKER_HOSTNAMES="localhost", MEGASCALE_NUM_SLICES="1", SLURM_NTASKS="1")
   distributed.initialize()
-  assert joined == []
 
 
 def test_gpus_are_told_to_be_deterministic_once_beside_what_xla_is_told_already(monkeypatch):
@@ -65,66 +47,23 @@ def test_gpus_are_told_to_be_deterministic_once_beside_what_xla_is_told_already(
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=there --xla_gpu_deterministic_ops=true"
 
 
-def test_three_variables_say_who_joins_whom(environment, joined):
-  environment(**by_hand(), SLURM_NTASKS="8")  # they win over a launcher
-  distributed.initialize()
-  assert joined == [("10.0.0.1:1234", 4, 2)]
-
-
-@pytest.mark.parametrize(
-  "variables",
-  [
-    {"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"},
-    {"MEGASCALE_NUM_SLICES": "2"},
-    {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"},
-    {"OMPI_COMM_WORLD_SIZE": "2"},
-    {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]", "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"},
-  ],
-  ids=str,
-)
-def test_launchers_are_left_to_jax(environment, joined, variables):
-  environment(**variables)
-  distributed.initialize()
-  assert joined == [()]
-
-
-@pytest.mark.parametrize("given", [[0], [1], [2], [0, 1], [0, 2], [1, 2]], ids=str)
-def test_some_of_the_three_are_an_error_that_names_the_others(environment, joined, given):
-  names = [distributed.BY_HAND[i] for i in given]
-  environment(**{name: by_hand()[name] for name in names})
-  with pytest.raises(UsageError) as error:
-    distributed.initialize()
-  before, after = str(error.value).split("without")
-  for name in distributed.BY_HAND:
-    assert name in (before if name in names else after)
-  assert joined == []
-
-
-@pytest.mark.parametrize(
-  "wrong, message",
-  [
-    ({"count": "four"}, "JAX_NUM_PROCESSES=four"),
-    ({"count": ""}, "whole numbers"),
-    ({"count": "4.0"}, "JAX_NUM_PROCESSES=4.0"),
-    ({"count": "²", "number": "0"}, "JAX_NUM_PROCESSES=²"),
-    ({"number": "-1"}, "JAX_PROCESS_ID=-1"),
-    ({"number": "4"}, "the first smaller"),
-    ({"count": "0", "number": "0"}, "the first smaller"),
-    ({"address": "10.0.0.1"}, "JAX_COORDINATOR_ADDRESS=10.0.0.1 must be HOST:PORT"),
-    ({"address": ""}, "must be HOST:PORT"),
-  ],
-  ids=str,
-)
-def test_values_that_cannot_be_are_one_clear_sentence(environment, joined, wrong, message):
-  environment(**by_hand(**wrong))
-  with pytest.raises(UsageError, match=message.replace(".", r"\.")) as error:
-    distributed.initialize()
-  assert "\n" not in str(error.value) and joined == []
+@pytest.mark.parametrize("local_count, gpu", [("1", None), ("2", 1)])
+def test_jax_is_told_what_the_launcher_told_and_nothing_else(environment, monkeypatch, local_count, gpu):
+  """By itself it would give a task of Slurm that has a node alone the first of its GPUs."""
+  calls = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **named: calls.append((given, named)))
+  monkeypatch.setattr(roll_call, "meet", lambda cluster, seconds: calls.append((cluster.address, seconds)))
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+  environment(SLURM_NTASKS="2", SLURM_STEP_NODELIST="n1", SLURM_STEP_TASKS_PER_NODE=local_count, SLURM_PROCID="1", SLURM_LOCALID="1", SLURM_JOB_ID="2")
+  distributed.initialize(50, 7)
+  seconds = {"initialization_timeout": 7, "heartbeat_timeout_seconds": 50, "shutdown_timeout_seconds": 50}
+  told = {"local_device_ids": gpu, "cluster_detection_method": "deactivate", **seconds}
+  assert calls == [("n1:61442", 7), (("n1:61442", 2, 1), told)]
 
 
 def python(*arguments, **variables):
   """Starts Python without the variables of this process that the tests are about."""
-  left_out = {*distributed.BY_HAND, *LAUNCHERS, "JAX_COMPILATION_CACHE_DIR", "CLIP_JAX_CACHE"}
+  left_out = {*clusters.BY_HAND, *LAUNCHERS, "JAX_COMPILATION_CACHE_DIR", "CLIP_JAX_CACHE"}
   kept = {name: value for name, value in os.environ.items() if name not in left_out}
   return subprocess.Popen(
     [sys.executable, *map(str, arguments)],
@@ -144,7 +83,7 @@ def output(process):
 
 CACHE = """
 import jax
-from clip_jax.parallel import distributed
+from clip_jax.parallel import clusters, distributed, roll_call
 distributed.enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3))).block_until_ready()
@@ -174,7 +113,7 @@ def test_two_processes_share_a_batch_and_embed_a_set_as_one_does(tmp_path):
     address = f"127.0.0.1:{free.getsockname()[1]}"
   script = Path(two_processes.__file__)
   files = [tmp_path / f"{i}.npz" for i in range(2)]
-  processes = [python(script, files[i], **by_hand(address, "2", str(i))) for i in range(2)]
+  processes = [python(script, files[i], **dict(zip(clusters.BY_HAND, (address, "2", str(i)), strict=True))) for i in range(2)]
   try:
     found = [json.loads(output(process).splitlines()[-1]) for process in processes]
   finally:

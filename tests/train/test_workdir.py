@@ -38,7 +38,7 @@ def test_what_changes_no_number_may_change(tmp_path, key):
   workdirs.check_same_run(workdir, resolved(**{section: new}))
 
 
-OTHER = dict(log_every=3, step_timeout=9.0, host_timeout=20, max_bad_steps=3, on_spike="rollback", spike_factor=3.0, spike_window=9)
+OTHER = dict(log_every=3, step_timeout=9.0, host_timeout=20, join_timeout=30, max_bad_steps=3, on_spike="rollback", spike_factor=3.0, spike_window=9)
 OTHER |= dict(threads=3, prefetch=2, block_cache=1.0, read_deadline=5.0, source="tar", attention="xla", remat="full", scan=True)
 OTHER |= dict(microbatches=2, method="gather", chunk=8)
 

@@ -13,12 +13,11 @@ import urllib.request
 from clip_jax.data import locations
 from clip_jax.data.storage import Storage
 from clip_jax.errors import DataError, StorageError, UsageError, redact
+from clip_jax.parallel import metadata
 from clip_jax.train.doctor.check import Check
 
 DEADLINE, PLACE_SECONDS, METADATA_SECONDS = 20.0, 5.0, 1.0
 TRIAL_BYTES = 16 << 20
-# By its address: a resolver may look for the name metadata.google.internal longer than it takes to ask.
-METADATA = "169.254.169.254"
 # https://cloud.google.com/storage/docs/locations: what regions' names begin with, and which ones are joined.
 MULTI_REGIONS = {"us": "us-", "eu": "europe-", "asia": "asia-"}
 DUAL_REGIONS = {
@@ -239,13 +238,10 @@ def _ask(url, method, headers, seconds, opener=None):
 
 
 def _metadata(path):
-  # Never through a proxy, which would answer for its own machine.
-  host = os.environ.get("GCE_METADATA_HOST") or METADATA
-  direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay)
-  flavor = {"Metadata-Flavor": "Google"}
-  status, headers, body = _ask(f"http://{host}/computeMetadata/v1/instance/{path}", "GET", flavor, METADATA_SECONDS, direct)
-  # Other clouds have other servers at the same address.
-  return body.decode() if status == 200 and headers.get("Metadata-Flavor") == "Google" else ""
+  try:
+    return metadata.ask(path, METADATA_SECONDS)
+  except OSError:
+    return ""
 
 
 def _json(text):

@@ -1,0 +1,1 @@
+"""Starting runs: processes of one machine here; other machines in the folder `launch/`."""
