@@ -107,13 +107,13 @@ def main(arguments=None):
   """
   try:
     options, command = _parse(sys.argv[1:] if arguments is None else arguments)
-    gpus = _gpus(options.processes * options.devices_per_process)
+    shown = gpus(options.processes * options.devices_per_process)
   except UsageError as error:
     print(error, file=sys.stderr)
     return EXIT_USAGE
   signals, restarts = Signals(), 0
   while True:
-    group = Group(command, options.processes, options.devices_per_process, gpus)
+    group = Group(command, options.processes, options.devices_per_process, shown)
     codes, stopped = _watch(group, signals)
     group.finish_output()
     code = _judge(codes)
@@ -146,7 +146,7 @@ def _parse(arguments):
   return options, [sys.executable, *command]
 
 
-def _gpus(needed):
+def gpus(needed):
   # The names of those to be shared out, or none if the devices are those of processors.
   if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu") or not clusters.has_gpu_plugin():
     return []
