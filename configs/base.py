@@ -144,4 +144,13 @@ def get_config():
   config.checkpoint.keep_last = 3
   config.checkpoint.keep_every = placeholder(int)
   config.checkpoint.keep_steps = ()
+
+  config.tracking = ConfigDict()
+  config.tracking.tensorboard = True
+  config.tracking.wandb = "off"
+  config.tracking.project = "clip_jax"
+  config.tracking.entity = ""
+  config.tracking.name = ""
+  config.tracking.group = ""
+  config.tracking.tags = ()
   return config

@@ -57,6 +57,7 @@ def check(config):
   one_of("config.train.quantization", config.train.quantization, ("none", "int8", "fp8"))
   one_of("config.train.remat", config.train.remat, ("none", "minimal", "attention", "full", "offload"))
   one_of("config.train.on_spike", config.train.on_spike, ("record", "rollback"))
+  one_of("config.tracking.wandb", config.tracking.wandb, ("off", "online", "offline"))
   _check_mesh(config.mesh)
   _check_data(config.data)
   _check_ranges(

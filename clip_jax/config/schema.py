@@ -178,6 +178,19 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Tracking:
+  """Where else the lines of `metrics.jsonl` go."""
+
+  tensorboard: bool = True  # files in the work directory
+  wandb: str = "off"  # Weights & Biases: "online", or "offline" for files to upload later (extra `wandb`)
+  project: str = "clip_jax"  # there
+  entity: str = ""  # whose project it is; "": the account's own
+  name: str = ""  # of the run; "": that of the work directory
+  group: str = ""  # of runs
+  tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Retrieval:
   """A held-out set of images and captions to retrieve one by the other."""
 
@@ -233,3 +246,4 @@ class Config:
   mesh: Mesh = field(default_factory=Mesh)
   eval: Eval = field(default_factory=Eval)
   checkpoint: Checkpoint = field(default_factory=Checkpoint)
+  tracking: Tracking = field(default_factory=Tracking)

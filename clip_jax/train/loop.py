@@ -26,6 +26,7 @@ from clip_jax.train import (
   program,
   step,
   stopping,
+  tracking,
 )
 from clip_jax.train import state as states
 from clip_jax.train import workdir as workdirs
@@ -125,6 +126,7 @@ def settle(config, profile=None):
   config = configs.resolve(config)
   if profile is not None:
     hooks.check_window(profile, config.train.steps)
+  tracking.check(config)
   mesh = meshes.create(config)
   return performance.settled(config, mesh.devices.flat[0]), mesh
 
@@ -229,7 +231,7 @@ def _train(run, ready, watchdog, rollbacks, state, start):
   """Trains from a state on, and returns the updates that are done when the run is over, or is to be stopped."""
   config, workdir, mesh = run.config, run.workdir, run.mesh
   batch, main = config.train.global_batch_size, jax.process_index() == 0
-  writer = metrics.MetricsWriter(workdir, start) if main else metrics.NoMetrics()
+  writer = metrics.MetricsWriter(workdir, start, config.tracking) if main else metrics.NoMetrics()
   clock, progress = hooks.Clock(), Progress(config, start) if main else None
   measure = performance.Meter(config, list(mesh.devices.flat))
   named = guard.Batches(workdir, ready.data, config, rollbacks)

@@ -14,17 +14,19 @@ import struct
 import time
 from pathlib import Path
 
+from clip_jax.config import Tracking
 from clip_jax.errors import StorageError
 from clip_jax.files import tell
+from clip_jax.train.tracking import WandB
 
 # Lines are kept until they are known to be on disk. Without checkpoints nobody else asks for that.
 MOST_LINES_IN_DOUBT = 1_000
 
 
 class MetricsWriter:
-  """Appends lines to `metrics.jsonl` and scalars to `tensorboard/`."""
+  """Appends lines to `metrics.jsonl`, and hands them to TensorBoard and to Weights & Biases."""
 
-  def __init__(self, workdir, step):
+  def __init__(self, workdir, step, tracking=None):
     """Opens the files of a run that starts, or goes on, at a step.
 
     Lines of later steps are dropped: a killed run may have logged past its last checkpoint, and will
@@ -33,6 +35,7 @@ class MetricsWriter:
     Args:
       workdir: the run's work directory.
       step: updates done.
+      tracking: a `clip_jax.config.Tracking`; None: the default one.
 
     Raises:
       StorageError: `metrics.jsonl` cannot be opened, or cut back to the step.
@@ -40,7 +43,10 @@ class MetricsWriter:
     path = Path(workdir) / "metrics.jsonl"
     drop_after(path, step)
     self._lines = _Lines(path)
-    self._scalars = _Scalars(Path(workdir) / "tensorboard", purge_step=step + 1)
+    tracking = tracking or Tracking()
+    self._views = [_Scalars(Path(workdir) / "tensorboard", purge_step=step + 1)] if tracking.tensorboard else []
+    if tracking.wandb != "off":
+      self._views.append(WandB(tracking, workdir, read(path)))
 
   def write(self, step, samples_seen, values):
     """Writes one line; one that cannot be written waits, and is tried again with the next.
@@ -54,7 +60,8 @@ class MetricsWriter:
     known = {name: value if math.isfinite(value) else None for name, value in values.items()}
     line = {"step": step, "samples_seen": samples_seen, "time": time.time(), **known}
     self._lines.add((json.dumps(line) + "\n").encode())
-    self._scalars.add(step, line["time"], values)
+    for view in self._views:
+      view.add(line, values)
 
   def sync(self):
     """Puts everything on disk, so that no checkpoint is ever ahead of the lines before it.
@@ -62,13 +69,15 @@ class MetricsWriter:
     Returns:
       Whether all lines of `metrics.jsonl` are there. If not they are kept; a later call may find space for them.
     """
-    self._scalars.sync()
+    for view in self._views:
+      view.sync()
     return self._lines.sync()
 
   def close(self):
     """Syncs and closes; of lines that still cannot be written it says how many there are."""
     self._lines.close()
-    self._scalars.close()
+    for view in self._views:
+      view.close()
 
 
 class NoMetrics:
@@ -162,9 +171,9 @@ class _Scalars:
     self._file, self._end, self._trouble = None, 0, False
     self._attempt(self._open)
 
-  def add(self, step, seconds, values):
-    """Writes the values of a step, all or none."""
-    events = (self._event(seconds, step=step, summary=self._scalar(name, value)) for name, value in values.items())
+  def add(self, line, values):
+    """Writes the values of a line, all or none."""
+    events = (self._event(line["time"], step=line["step"], summary=self._scalar(name, value)) for name, value in values.items())
     self._attempt(lambda: self._append(b"".join(events)))
 
   def sync(self):

@@ -13,7 +13,7 @@ from clip_jax.train import environment
 
 # What a run may change when it is resumed: none of these changes a number it computes, but for what it does about bad ones.
 FREE_TO_CHANGE = (
-  *("mesh", "eval", "checkpoint", "train.log_every", "train.step_timeout", "train.host_timeout", "train.join_timeout"),
+  *("mesh", "eval", "checkpoint", "tracking", "train.log_every", "train.step_timeout", "train.host_timeout", "train.join_timeout"),
   *("train.max_bad_steps", "train.on_spike", "train.spike_factor", "train.spike_window"),
   *("data.threads", "data.prefetch", "data.block_cache", "data.read_deadline", "data.source"),
   *("train.attention", "train.remat", "train.scan", "train.microbatches", "loss.method", "loss.chunk"),

@@ -33,7 +33,7 @@ def test_another_runs_work_directory_is_refused_with_the_difference_even_before_
 @pytest.mark.parametrize("key", workdirs.FREE_TO_CHANGE)
 def test_what_changes_no_number_may_change(tmp_path, key):
   section, _, name = key.partition(".")
-  new = {"mesh": {"fsdp": 2}, "eval": {"every": 3}, "checkpoint": {"every": 9}}.get(key) or {name: OTHER[name]}
+  new = {"mesh": {"fsdp": 2}, "eval": {"every": 3}, "checkpoint": {"every": 9}, "tracking": {"wandb": "offline"}}.get(key) or {name: OTHER[name]}
   workdir = hold(tmp_path / "run", resolved())
   workdirs.check_same_run(workdir, resolved(**{section: new}))
 
