@@ -50,10 +50,8 @@ def main(argv):
     from clip_jax.report import page, terminal
 
     settings = configs.resolve(config).train
-    if settings.deterministic:
-      distributed.make_deterministic()
     distributed.enable_compilation_cache()
-    distributed.initialize(settings.host_timeout, settings.join_timeout)
+    distributed.initialize(settings.host_timeout, settings.join_timeout, settings.deterministic)
     if DRY_RUN.value:
       check(config, argv, profile)
       return 0

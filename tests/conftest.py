@@ -12,6 +12,11 @@ from pathlib import Path
 QUICKLY = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICKLY])
 
+from clip_jax.parallel import xla
+
+# The same ones in this process as in those, or each would compile what the other has.
+xla.set_flags()
+
 import jax
 import numpy as np
 import pytest

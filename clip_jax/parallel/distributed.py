@@ -1,4 +1,4 @@
-"""Joining the processes of a run, and what XLA is told before it starts."""
+"""Joining the processes of a run, and what JAX is told before it starts."""
 
 import importlib.util
 import os
@@ -6,20 +6,24 @@ from pathlib import Path
 
 import jax
 
-from clip_jax.parallel import clusters, roll_call
+from clip_jax.parallel import clusters, roll_call, xla
 
 
-def initialize(timeout=100, join_timeout=300):
+def initialize(timeout=100, join_timeout=300, deterministic=False):
   """Connects this process to the others of its run, if its launcher tells of any (`clip_jax.parallel.clusters`).
+
+  To be called before devices are first used, which is when XLA reads its flags (`clip_jax.parallel.xla`).
 
   Args:
     timeout: seconds without a sign of life from one of them until the others end, with an exit code that is not 0.
     join_timeout: seconds to wait for the last of them to come.
+    deterministic: whether XLA shall compute the same bits each time on GPUs, too.
 
   Raises:
     UsageError: what the launcher tells cannot be.
     TrainingError: some did not come; it names them.
   """
+  xla.set_flags(deterministic)
   leave_tpu_out()
   cluster = clusters.find()
   if cluster is None:
@@ -36,16 +40,6 @@ def initialize(timeout=100, join_timeout=300):
     # For a process that ends by itself and waits for the others to do so, too, which may wait for it elsewhere.
     shutdown_timeout_seconds=timeout,
   )
-
-
-def make_deterministic():
-  """Tells XLA to use no GPU kernel whose result depends on the order in which its threads finish, or on which was faster when measured.
-
-  Read when the devices are first used, so to be called before.
-  """
-  flag = "--xla_gpu_deterministic_ops=true"  # implies the exclusion of other operations, and no autotuning
-  if "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def leave_tpu_out():

@@ -40,13 +40,6 @@ def test_a_process_alone_joins_nobody(environment, monkeypatch):
   distributed.initialize()
 
 
-def test_gpus_are_told_to_be_deterministic_once_beside_what_xla_is_told_already(monkeypatch):
-  monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=there")
-  for _ in range(2):
-    distributed.make_deterministic()
-    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=there --xla_gpu_deterministic_ops=true"
-
-
 @pytest.mark.parametrize("local_count, gpu", [("1", None), ("2", 1)])
 def test_jax_is_told_what_the_launcher_told_and_nothing_else(environment, monkeypatch, local_count, gpu):
   """By itself it would give a task of Slurm that has a node alone the first of its GPUs."""
