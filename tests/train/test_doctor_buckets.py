@@ -180,8 +180,9 @@ def test_the_zone_is_asked_of_googles_server_and_no_other(answers, monkeypatch):
   [
     ("gs://b", ["us-central1"], "us-central1-a", "", "ok", "gs://b is in us-central1, this machine in us-central1-a."),
     ("gs://b", ["us-central1", "us-east1"], "us-east1-c", "eu-west-1", "ok", "us-central1 and us-east1"),
-    ("gs://b", ["europe-west4"], "us-central1-a", "", "warning", "copy the data into a bucket in us-central1"),
-    ("gs://b", ["us"], "us-central1-a", "", "warning", "multi-region is charged"),
+    ("gs://b", ["europe-west4"], "us-central1-a", "", "warning", "$50 or more a terabyte at each reading, and comes from afar: copy the data into a bucket in us-central1"),
+    ("gs://b", ["us-west4"], "us-central1-a", "", "warning", "about $20 a terabyte at each reading"),
+    ("gs://b", ["us"], "us-central1-a", "", "warning", "multi-region is charged, about $20 a terabyte"),
     ("gs://b", ["eu"], "us-central1-a", "", "warning", "copy the data into a bucket in us-central1"),
     ("gs://b", ["eur9"], "us-central1-a", "", "skipped", "which regions eur9 stands for"),
     ("gs://b", ["us-central1"], "", "us-east-1", "skipped", "not on Google Cloud"),
@@ -189,7 +190,7 @@ def test_the_zone_is_asked_of_googles_server_and_no_other(answers, monkeypatch):
     ("s3://b", ["us-east-1"], "", "us-east-1", "ok", "AWS_REGION is us-east-1"),
     ("s3://b", ["us-east-1"], "", "eu-west-1", "warning", "AWS_REGION=us-east-1"),
     ("s3://b", ["us-east-1"], "", "", "skipped", "AWS_REGION is not set"),
-    ("s3://b", ["us-east-1"], "us-east1-c", "us-east-1", "warning", "into a bucket of Google Cloud"),
+    ("s3://b", ["us-east-1"], "us-east1-c", "us-east-1", "warning", "about $90 a terabyte at each reading, and comes from afar: copy the data into a bucket of Google Cloud"),
   ],
 )
 def test_regions_are_compared(root, regions, zone, aws_region, status, message):

@@ -31,6 +31,9 @@ LOGIN = {
   "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, of an account that has s3:ListBucket and s3:GetObject there; "
   "AWS_NO_SIGN_REQUEST=1 for public data.",
 }
+# Dollars a terabyte each time it is read, as https://cloud.google.com/storage/pricing and https://aws.amazon.com/s3/pricing have it (2026):
+# from one region to another, and out of Amazon's network.
+WITHIN, BETWEEN, OUT_OF_AMAZON = 20, 50, 90
 LISTING = {"gs": "gcloud storage ls", "s3": "aws s3 ls"}
 
 
@@ -192,15 +195,17 @@ def judge_region(root, place, zone, aws_region):
   here = f"this machine in {zone}" if zone else f"AWS_REGION is {aws_region}"
   found = f"{root} is in {bucket_in}, {here}"
   if zone and not google:
-    return Check("region", "warning", f"{found} of Google Cloud.", "Every byte is charged and comes from afar: copy the data into a bucket of Google Cloud there.")
+    return Check("region", "warning", f"{found} of Google Cloud.", f"Every byte is charged, about ${OUT_OF_AMAZON} a terabyte at each reading, and comes from afar: copy the data into a bucket of Google Cloud there.")
   if machine in place.regions:
     return Check("region", "ok", f"{found}.")
   if google and machine.startswith(MULTI_REGIONS.get(bucket_in, "nowhere")):
-    return Check("region", "warning", f"{found}.", f"Reading from a multi-region is charged, and slower at times: a bucket in {machine} alone is not.")
+    return Check("region", "warning", f"{found}.", f"Reading from a multi-region is charged, about ${WITHIN} a terabyte each time, and slower at times: a bucket in {machine} alone is not.")
   if google and bucket_in not in MULTI_REGIONS and "-" not in bucket_in:
     return Check("region", "skipped", f"{found}; which regions {bucket_in} stands for is not known here.")
   if zone:
-    advice = f"Every byte is charged and comes from afar: copy the data into a bucket in {machine}, or train in {bucket_in}."
+    near = machine.partition("-")[0] == bucket_in.partition("-")[0]
+    cost = f"about ${WITHIN}" if near else f"${BETWEEN} or more"
+    advice = f"Every byte is charged, {cost} a terabyte at each reading, and comes from afar: copy the data into a bucket in {machine}, or train in {bucket_in}."
   else:
     advice = f"AWS_REGION={bucket_in}, for requests are signed for a region; if the machine is elsewhere, every byte is charged."
   return Check("region", "warning", f"{found}.", advice)
