@@ -15,7 +15,7 @@ from tests.launch import documented
 from tests.launch.conftest import ROOT
 
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
+SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), *pathlib.Path(__file__).parent.glob("*.sh"), LAUNCH.parent / ".ci/run"])
 
 
 def tool(name):

@@ -83,7 +83,6 @@ def test_it_is_short_enough_to_be_read():
 
 
 def test_the_local_launcher_is_called_as_it_is_written():
-  pytest.importorskip("clip_jax.launch.local", reason="clip_jax.launch.local is not there")
   done = subprocess.run([sys.executable, "-m", "clip_jax.launch.local", "--help"], capture_output=True, text=True, cwd=ROOT, check=False)
   assert done.returncode == 0
   for flag in ("--processes", "--devices-per-process"):
