@@ -5,6 +5,7 @@ program=$(basename "$0")
 for last; do :; done
 read_state() { cat "$FAKES/$1"; }
 
+# shellcheck disable=SC2016 # for the shell that it is piped into
 case "$program $last" in
   hostname*) echo "worker-$WORKER" ;;
   curl*/worker-network-endpoints)
