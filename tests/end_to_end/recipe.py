@@ -9,7 +9,7 @@ def get_config():
   config.model.embed_dim = 16
   config.model.compute_dtype = "float32"
   config.model.vision.update(patch_size=8, width=32, layers=2, heads=4)
-  config.model.text.update(context_length=12, width=16, layers=1, heads=4)
+  config.model.text.update(context_length=12, width=16, layers=2, heads=4)
   config.data.color_jitter = 0.2
   config.train.global_batch_size = 16
   config.train.steps = 40

@@ -57,7 +57,7 @@ def starter(data, cache, program=("main.py",)):
   return start
 
 
-def start_together(start, count, workdir, *overrides, environment=(), of_each=()):
+def start_together(start, count, workdir, *overrides, environment=(), of_each=(), environments=()):
   """Starts the processes of one run.
 
   Args:
@@ -67,13 +67,14 @@ def start_together(start, count, workdir, *overrides, environment=(), of_each=()
     *overrides: as `start`.
     environment: as `start`.
     of_each: overrides of each process alone, in their order.
+    environments: likewise, more environment variables.
   """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   shared = {**dict(environment), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
-  own = [*of_each, *[()] * (count - len(of_each))]
-  return [start(workdir, *overrides, *own[i], environment={**shared, "JAX_PROCESS_ID": str(i)}) for i in range(count)]
+  own, variables = ([*given, *[()] * (count - len(given))] for given in (of_each, environments))
+  return [start(workdir, *overrides, *own[i], environment={**shared, **dict(variables[i]), "JAX_PROCESS_ID": str(i)}) for i in range(count)]
 
 
 def finish(process, code=0):

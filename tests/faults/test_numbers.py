@@ -106,9 +106,3 @@ def test_a_spike_is_told_of_and_may_send_the_run_back_past_its_batches(start, un
   assert [line["step"] for line in lines] == list(range(1, 41)) and max(line["loss"] for line in lines[spikes[0] - 1 :]) < 5
   # Until the checkpoint it is the run that nobody made worse.
   assert [line["loss"] for line in lines[: first["to"]]] == [line["loss"] for line in training_lines(undisturbed)[: first["to"]]]
-
-
-@pytest.mark.slow
-def test_the_same_seed_and_mesh_give_the_same_bits_with_the_switch_for_gpus_too(start, undisturbed, tmp_path):
-  finish(start(tmp_path / "run", "--config.train.deterministic=True"))
-  assert exported(tmp_path / "run", tmp_path / "a") == exported(undisturbed, tmp_path / "b")

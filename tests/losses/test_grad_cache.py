@@ -57,7 +57,7 @@ def whole():
 
 @pytest.mark.parametrize(
   "microbatches, shape",
-  [(2, (1, 1, 1)), (4, (1, 1, 1)), (8, (1, 1, 1)), (2, (2, 4, 1)), (4, (2, 1, 2))],
+  [(8, (1, 1, 1)), (2, (2, 4, 1)), (4, (2, 1, 2))],
   ids=str,
 )
 def test_three_steps_end_with_the_parameters_of_the_whole_batch(whole, microbatches, shape):
@@ -71,6 +71,8 @@ def test_three_steps_end_with_the_parameters_of_the_whole_batch(whole, microbatc
   assert relative(*together) < 1e-5
   # And the first moments, the running means of the gradients, leaf by leaf.
   ours, theirs = without_key_biases(got.opt_state[1].mu), without_key_biases(want.opt_state[1].mu)
+  assert abs(theirs["logit_scale"]) > 1e-4
+  np.testing.assert_allclose(ours["logit_scale"], theirs["logit_scale"], rtol=1e-5)
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
     assert relative(x, y) < 2e-5, jax.tree_util.keystr(path)
 
@@ -90,12 +92,11 @@ def test_averaging_the_micro_batches_would_not_do(whole):
   assert abs(np.mean(parts) - metrics[0]["loss"]) > 0.5
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
-def test_scale_and_bias_are_counted_once(name):
-  bias = {"logit_bias_init": -10.0} if name == "sigmoid" else {}
-  sections = dict(model=bias, count=1, loss={"name": name, "mask_duplicates": True})
+def test_scale_and_bias_are_counted_once():
+  """With softmax, which has no bias, the scale is one of the leaves above."""
+  sections = dict(model={"logit_bias_init": -10.0}, count=1, loss={"name": "sigmoid", "mask_duplicates": True})
   (want, _), (got, _) = train(1, **sections), train(4, **sections)
-  for parameter in ("logit_scale", "logit_bias")[: 1 + len(bias)]:
+  for parameter in ("logit_scale", "logit_bias"):
     ours, theirs = (s.opt_state[1].mu[parameter] for s in (got, want))
     assert abs(theirs) > 1e-4
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=parameter)

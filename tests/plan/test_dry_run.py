@@ -18,6 +18,14 @@ def config_of(colors, **sections):
   return tiny(**{"data": {"source": "tar", "path": colors}, "eval": {"batch_size": 16, **sets}, **sections})
 
 
+@pytest.fixture(scope="module")
+def trained(colors, tmp_path_factory):
+  """The work directory of a run."""
+  workdir = tmp_path_factory.mktemp("trained") / "run"
+  train.run(config_of(colors), workdir)
+  return workdir
+
+
 def files(folder):
   return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -32,8 +40,8 @@ def test_it_does_all_but_train_and_leaves_no_trace(colors, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_it_could_go_on_with_is_looked_at_and_not_touched(colors, tmp_path):
-  train.run(config_of(colors), tmp_path / "run")
+def test_a_run_it_could_go_on_with_is_looked_at_and_not_touched(colors, trained, tmp_path):
+  shutil.copytree(trained, tmp_path / "run")
   shutil.rmtree(tmp_path / "run/checkpoints/4")
   (tmp_path / "run/checkpoints/4.orbax-checkpoint-tmp").mkdir()  # the run may be alive, and saving
   before, said = files(tmp_path), {}
@@ -63,16 +71,15 @@ def test_what_a_run_would_stop_at_is_what_it_says(colors, tmp_path, sections, er
   assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_of_another_model_are_refused_before_anything_is_made(colors, tmp_path):
-  train.run(config_of(colors, train={"steps": 1}), tmp_path / "first")
+def test_weights_of_another_model_are_refused_before_anything_is_made(colors, trained, tmp_path):
   model = {**tiny()["model"], "vision": {"patch_size": 8, "width": 64, "layers": 2, "heads": 4}}
-  config = config_of(colors, model=model, train={"steps": 1, "init_from": str(tmp_path / "first")})
+  config = config_of(colors, model=model, train={"steps": 1, "init_from": str(trained)})
   with pytest.raises(UsageError, match="they are different models"):
     dry_run.run(config, tmp_path / "second")
   said = {}
-  config = config_of(colors, train={"steps": 1, "init_from": str(tmp_path / "first")})
+  config = config_of(colors, train={"steps": 1, "init_from": str(trained)})
   dry_run.run(config, tmp_path / "second", tell=lambda what, text: said.setdefault(what, text))
-  assert said["init_from"].startswith(f"{tmp_path}/first: clip_jax, ")
+  assert said["init_from"].startswith(f"{trained}: clip_jax, ")
   assert not (tmp_path / "second").exists()
 
 

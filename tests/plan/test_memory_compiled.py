@@ -57,10 +57,9 @@ def test_the_peak_of_a_function_is_the_compilers(v5e, function, more):
   assert sum(found.values()) == pytest.approx(compiled.memory_analysis().peak_memory_in_bytes, rel=0.01)
 
 
-# Each key that changes what a step keeps appears, and none in all of them.
+# Each key that changes what a step keeps appears, and none in all of them; blocks that are unrolled and kept are below.
 STEPS = {
-  "unrolled, zero1": {"mesh": {"sharding": "zero1"}},
-  "a loop": {"train": {"scan": True}},
+  "a loop, zero1": {"train": {"scan": True}, "mesh": {"sharding": "zero1"}},
   # Parts of 128 columns, which are whole tiles: the compiler turns narrower ones around and back, in memory of its own.
   "full, fsdp": {"train": {"remat": "full"}, "mesh": {"fsdp": 2}},
   "full in a loop, micro-batches": {"train": {"remat": "full", "scan": True, "microbatches": 2}},
@@ -97,15 +96,15 @@ def test_the_parts_of_a_step_sum_to_the_compilers_peak(quickly, changes):
 
 
 # ViT-B/16 in all but its depth: blocks are alike, and each of an unrolled tower takes the compiler as long as the first.
-SHALLOW = {"name": "ViT-B-16", "compute_dtype": "bfloat16", "vision": {"layers": 3}, "text": {"layers": 2}}
+SHALLOW = {"name": "ViT-B-16", "compute_dtype": "bfloat16", "vision": {"layers": 3}, "text": {"layers": 1}}
 
 
 @pytest.mark.slow
 def test_a_step_of_vit_b_16_with_fewer_layers_in_a_loop_and_unrolled(quickly):
-  """Three times the 128 pairs a chip of the recipe, so that activations are still by far the most of it."""
+  """Four times the 128 pairs a chip of the recipe, so that activations are still by far the most of it."""
   found = {}
   for scan in (False, True):
-    train = {"global_batch_size": 1536, "steps": 4, "remat": "minimal", "scan": scan}
+    train = {"global_batch_size": 2048, "steps": 4, "remat": "minimal", "scan": scan}
     step = conftest.step("v5e:2x2", SHALLOW, train=train)
     report = found[scan] = compiler.report(step.compiled)
     parameters = size.parameters(step.config.model)

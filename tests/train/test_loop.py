@@ -1,6 +1,5 @@
 """What the loop writes about a run."""
 
-import functools
 import gzip
 import json
 import shutil
@@ -12,20 +11,28 @@ import clip_jax
 from clip_jax import config as configs
 from clip_jax import train
 from clip_jax.errors import UsageError
+from clip_jax.report import page
 from clip_jax.train import hooks, performance
 from tests.conftest import tiny
+from tests.test_security import write_tar
 
 
-def test_what_signs_a_request_stands_in_no_file(colors, tmp_path):
-  """A local file whose pattern looks like a signed URL: the run is one run all the same, and can be resumed."""
-  shutil.copy(colors, tmp_path / "colors.tar-token=s3cret")
-  config = tiny(data={"source": "tar", "path": f"{tmp_path}/colors.tar?token=s3cret"}, train={"steps": 1})
+def test_what_signs_a_request_stands_in_no_file_and_on_no_screen(tmp_path, monkeypatch, capfd):
+  """A local file with a name like a signed URL, and bad records, whose names are made of it: the run can be resumed all the same."""
+  monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
+  write_tar(tmp_path / "a.tar?token=s3cret", [f"{number:03}" for number in range(20)], bad=["003", "004"])
+  data = {"source": "tar", "path": f"{tmp_path}/a.tar?token=s3cret", "max_bad_share": 1.0}
+  config = tiny(data=data, train={"steps": 2})
   train.run(config, tmp_path / "run")
-  assert train.run(config, tmp_path / "run").started == 1
+  page.write(tmp_path / "run")
+  assert train.run(config, tmp_path / "run").started == 2
   written = (tmp_path / "run/config.json").read_text()
-  assert json.loads(written)["data"]["path"] == f"{tmp_path}/colors.tar?token=***"
+  assert json.loads(written)["data"]["path"] == f"{tmp_path}/a.tar?token=***"
+  assert (tmp_path / "run/bad_records.jsonl").read_text().count("a.tar?token=***") >= 2
   for path in (tmp_path / "run").rglob("*"):
     assert path.is_dir() or b"s3cret" not in path.read_bytes(), path
+  shown = capfd.readouterr()
+  assert "s3cret" not in shown.out + shown.err
 
 
 def test_what_auto_stood_for_is_written_down_and_kept(colors, tmp_path):
@@ -42,18 +49,18 @@ def test_what_auto_stood_for_is_written_down_and_kept(colors, tmp_path):
 
 def test_how_a_step_is_computed_may_change_between_starts(colors, tmp_path):
   """Each part of a run on another mesh, with another sharding, in a loop or not, and what is computed again."""
+
+  def run(folder, mesh=None, **change):
+    config = tiny(data={"source": "tar", "path": colors}, mesh=mesh or {}, train={"steps": 6, **change}, checkpoint={"every": 2})
+    return train.run(config, tmp_path / folder)
+
+  run("plain")
+  for done, change in enumerate(({}, {"mesh": {"fsdp": 8, "data": 1}, "scan": True}, {"mesh": {"sharding": "zero1"}, "remat": "full"})):
+    assert run("changing", **change).started == 2 * done
+    for step in range(2 * done + 4, 8, 2):  # as if it had been killed after the next checkpoint
+      shutil.rmtree(tmp_path / f"changing/checkpoints/{step}")
   losses = []
-  for folder, changes in (("plain", [{}] * 3), ("changing", [{}, {"mesh": {"fsdp": 8, "data": 1}, "scan": True}, {"mesh": {"sharding": "zero1"}, "remat": "full"}])):
-    for done, change in enumerate(changes, 1):
-      change = dict(change)
-      config = tiny(data={"source": "tar", "path": colors}, mesh=change.pop("mesh", {}), train={"steps": 6, **change}, checkpoint={"every": 2})
-      run = functools.partial(train.run, config, tmp_path / folder)
-      if done < 3:  # as if it had been killed after the next checkpoint
-        run()
-        for step in range(2 * done + 2, 8, 2):
-          shutil.rmtree(tmp_path / folder / f"checkpoints/{step}", ignore_errors=True)
-      else:
-        assert run().started == 4
+  for folder in ("plain", "changing"):
     lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
     losses.append([line["loss"] for line in lines if "loss" in line])
   assert len(losses[0]) == 6 and losses[0] != losses[1]

@@ -23,9 +23,12 @@ def made(path, **sections):
   """Writes the step of a tiny model over all devices; returns its config and mesh."""
   config = configs.resolve(tiny(**sections))
   mesh = meshes.create(config)
-  compiled = compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], steps.inputs(config, mesh), fresh=True)
-  program.save(path, compiled, config, mesh)
+  program.save(path, _compiled(config, mesh), config, mesh)
   return config, mesh
+
+
+def _compiled(config, mesh):
+  return compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], steps.inputs(config, mesh), fresh=True)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +47,11 @@ def batch_of(config, mesh):
 SIGMOID = {"model": {**tiny()["model"], "logit_bias_init": -10.0}, "loss": {"name": "sigmoid"}}
 
 
-@pytest.mark.parametrize("sections", [{}, {"mesh": {"data": 2, "fsdp": 4}}, SIGMOID], ids=["data", "fsdp", "sigmoid"])
-def test_a_loaded_step_computes_to_the_bit_what_the_step_computes(sections, tmp_path):
-  config, mesh = made(tmp_path / "step", **sections)
+@pytest.mark.parametrize("sections", [None, {"mesh": {"data": 2, "fsdp": 4}, **SIGMOID}], ids=["data", "fsdp, sigmoid"])
+def test_a_loaded_step_computes_to_the_bit_what_the_step_computes(saved, sections, tmp_path):
+  path, config, mesh = saved if sections is None else (tmp_path / "step", *made(tmp_path / "step", **sections))
   results = []
-  for step in (steps.create(config, mesh), program.load(tmp_path / "step", config, mesh)):
+  for step in (steps.create(config, mesh), program.load(path, config, mesh)):
     state = states.create(config, mesh)
     for _ in range(3):
       state, metrics = step(state, batch_of(config, mesh))
@@ -113,25 +116,21 @@ def test_a_file_that_is_missing_damaged_or_something_else_is_one_sentence(saved,
   with pytest.raises(UsageError, match="cannot be read: No such file"):
     program.load(tmp_path / "missing", config, mesh)
   with pytest.raises(UsageError, match="cannot be written"):
-    program.save(tmp_path / "no/folder", _compiled(config, mesh), config, mesh)
+    program.save(tmp_path / "no/folder", program.load(path, config, mesh), config, mesh)
 
 
-def _compiled(config, mesh):
-  return compiler.compile(steps.create(config, mesh), states.describe(config, mesh)[0], steps.inputs(config, mesh), fresh=True)
-
-
-def test_a_run_uses_it_and_ends_with_the_same_losses(colors, tmp_path, monkeypatch, capsys):
+def test_a_run_uses_it_and_ends_with_the_same_losses(saved, colors, tmp_path, monkeypatch, capsys):
+  path, _, _ = saved
   sections = {"data": {"source": "tar", "path": colors}}
-  made(tmp_path / "step", **sections)
   train.run(tiny(**sections), tmp_path / "plain")
   with monkeypatch.context() as patch:
     patch.setattr(steps, "create", lambda *_: pytest.fail("the step was traced"))
-    train.run(tiny(**sections), tmp_path / "loaded", compiled=tmp_path / "step")
+    train.run(tiny(**sections), tmp_path / "loaded", compiled=path)
   lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("plain", "loaded")]
   losses = [[json.loads(line)["loss"] for line in one if '"loss"' in line] for one in lines]
   assert losses[0] == losses[1] and len(losses[0]) == 4
   other = tiny(**sections, train={"steps": 3})
-  assert train.run(other, tmp_path / "other", compiled=tmp_path / "step").complete
+  assert train.run(other, tmp_path / "other", compiled=path).complete
   assert "is not used, and the step is compiled" in capsys.readouterr().err
 
 
