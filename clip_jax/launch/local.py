@@ -147,7 +147,14 @@ def _parse(arguments):
 
 
 def gpus(needed):
-  # The names of those to be shared out, or none if the devices are those of processors.
+  """The names of the GPUs to be shared out, a list; empty if the devices are those of processors.
+
+  Args:
+    needed: how many.
+
+  Raises:
+    UsageError: there are fewer.
+  """
   if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu") or not clusters.has_gpu_plugin():
     return []
   shown = os.environ.get("CUDA_VISIBLE_DEVICES")
