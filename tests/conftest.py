@@ -1,6 +1,7 @@
 """Shared by all tests: eight CPU devices in this process, and small things to train on."""
 
 import collections
+import gc
 import io
 import os
 import tarfile
@@ -29,6 +30,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# Tracing makes millions of objects that are needed; to look through all of them for garbage was a tenth of the suite's time.
+gc.set_threshold(20_000, 10, 10)
 
 
 def tiny(**sections):
@@ -75,6 +79,13 @@ def pytest_collection_modifyitems(items):
   """Files with the most slow tests begin first, or one of them would keep one core busy, alone, for minutes at the end."""
   slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
   items.sort(key=lambda item: -slow[item.path])  # stable: all else stays as it was
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_looked_through_again():
+  """What is alive when a file begins, such as all of JAX, stays so, and garbage is looked for among what comes."""
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -47,11 +47,11 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_safety_which_is_said_
   workdir = tmp_path / "run"
   process = start(workdir, environment={"SLOW": "0.1"})
   wait_until(process, (workdir / "checkpoints/5").is_dir, "the first checkpoint")
-  limit_files(process, 100_000)  # lines fit, a checkpoint does not
-  wait_until(process, lambda: any("checkpoint_failures" in line for line in all_lines(workdir)), "a save that failed")
   said = []
   listener = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
-  listener.start()
+  listener.start()  # before anything fails: what the libraries say of it may be more than a pipe holds, and the process would wait
+  limit_files(process, 100_000)  # lines fit, a checkpoint does not
+  wait_until(process, lambda: any("checkpoint_failures" in line for line in all_lines(workdir)), "a save that failed")
   limit_files(process, (workdir / "metrics.jsonl").stat().st_size + 100)  # a part of a line
   wait_until(process, lambda: any("metrics.jsonl cannot be written" in line for line in said), "a line that does not fit")
   limit_files(process, None)
