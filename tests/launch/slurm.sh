@@ -26,19 +26,23 @@ install_slurm() {
 
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
-# Waits until a command succeeds: until 60 WHAT COMMAND ...
-until_true() {
-  local seconds=$1 what=$2 deadline
-  shift 2
-  deadline=$((SECONDS + seconds))
+# comes SECONDS COMMAND ...: waits until a command succeeds.
+comes() {
+  local deadline=$((SECONDS + $1))
+  shift
   until "$@" >/dev/null 2>&1; do
-    if ((SECONDS > deadline)); then
-      echo "Not within $seconds s: $what"
-      tail -n 20 "$HERE"/*.log
-      exit 1
-    fi
+    ((SECONDS < deadline)) || return 1
     sleep 0.2
   done
+}
+
+# until_true SECONDS WHAT COMMAND ...: the same, and ends the script where it does not.
+until_true() {
+  if ! comes "$1" "${@:3}"; then
+    echo "Not within $1 s: $2"
+    tail -n 20 "$HERE"/*.log
+    exit 1
+  fi
 }
 
 start_slurm() {
@@ -65,6 +69,7 @@ SlurmctldLogFile=$HERE/slurmctld.log
 SlurmdLogFile=$HERE/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 ReturnToService=2
 KillWait=60
@@ -75,10 +80,10 @@ CONF
   export SLURM_CONF=$HERE/slurm.conf
   munged --foreground --force --socket="$HERE/munge.socket" --key-file="$HERE/munge.key" --pid-file="$HERE/munge.pid" \
     --seed-file="$HERE/munge.seed" --log-file="$HERE/munge.log" >"$HERE/munge.out.log" 2>&1 &
-  until_true 30 "munge answers" munge --socket="$HERE/munge.socket" --no-input
+  comes 30 munge --socket="$HERE/munge.socket" --no-input || not_here "munge does not start: $(tail -n 1 "$HERE/munge.out.log")"
   slurmctld -D >"$HERE/slurmctld.out.log" 2>&1 &
   slurmd -D >"$HERE/slurmd.out.log" 2>&1 &
-  until_true 60 "the node is idle" node_is_idle
+  comes 60 node_is_idle || not_here "its daemons do not come together: $(tail -qn 1 "$HERE/slurmctld.log" "$HERE/slurmd.log" 2>&1 | paste -sd ' ')"
 }
 
 node_is_idle() { [[ $(sinfo --noheader --format=%T) == idle ]]; }
@@ -111,16 +116,16 @@ main() {
   start_slurm
 
   whole=$(submit whole | grep -o '[0-9]*$')
-  until_true 240 "the undisturbed run is done" is_over "$whole"
+  until_true 500 "the undisturbed run is done" is_over "$whole"
 
   job=$(submit stopped | grep -o '[0-9]*$')
-  until_true 120 "the run has 3 steps" has_steps stopped 3
+  until_true 300 "the run has 3 steps" has_steps stopped 3
   scancel --signal=TERM "$job" # as with a time limit that comes near: to the tasks
-  until_true 120 "the job came back" came_back "$job" 1
-  until_true 120 "the run has 9 steps" has_steps stopped 9
+  until_true 300 "the job came back" came_back "$job" 1
+  until_true 300 "the run has 9 steps" has_steps stopped 9
   scontrol requeue "$job" # as a preemption does
-  until_true 180 "the job came back twice" came_back "$job" 2
-  until_true 240 "the run is done" is_over "$job"
+  until_true 300 "the job came back twice" came_back "$job" 2
+  until_true 500 "the run is done" is_over "$job"
   echo "job $job: $(grep -c 'train.sbatch: stopped, job' "$HERE/stopped/slurm-stopped.log" || true)"
   scontrol --oneliner show job "$job" | grep -o 'JobState=[A-Z]*\|Restarts=[0-9]*\|ExitCode=[0-9:]*'
 }

@@ -15,7 +15,7 @@ NOT_HERE = 77  # of the script: it says why
 @pytest.mark.slow
 def test_a_job_of_two_tasks_that_is_preempted_twice_ends_as_one_that_was_left_alone(colors, tmp_path):
   """Once by SIGTERM to its tasks, as before a time limit, and once put back into the queue by `scontrol requeue`."""
-  ran = subprocess.run([SCRIPT, tmp_path, colors], cwd=ROOT, env=environment_of(tmp_path / "cache"), capture_output=True, text=True, timeout=900)
+  ran = subprocess.run([SCRIPT, tmp_path, colors], cwd=ROOT, env=environment_of(tmp_path / "cache"), capture_output=True, text=True, timeout=2500)
   if ran.returncode == NOT_HERE:
     pytest.skip(ran.stdout.strip())
   assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
