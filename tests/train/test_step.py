@@ -157,7 +157,7 @@ def test_the_logit_scale_may_have_no_limit():
   mesh, state = begin(config)
   state = state.replace(params={**state.params, "logit_scale": jnp.float32(math.log(110))})
   state, _ = steps.create(config, mesh)(state, dict(zip(("images", "tokens"), inputs(config.model, rows=16), strict=True)))
-  assert 109.5 < float(jnp.exp(state.params["logit_scale"])) < 110.5
+  assert 109.9 < float(jnp.exp(state.params["logit_scale"])) < 110.1
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
