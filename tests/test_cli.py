@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ import pytest
 
 from clip_jax import cli
 from clip_jax.convert import sources
+from clip_jax.parallel import clusters, distributed
 from tests.conftest import COMPILED, tiny
 from tests.convert import models
 from tests.data import buckets
@@ -352,3 +354,16 @@ def test_a_reader_that_has_seen_enough_is_no_error():
   command = f"{sys.executable} -m clip_jax.cli scaling run openclip_grid --workdir nowhere --executor print"
   done = subprocess.run(["bash", "-c", f"{command} | head -1"], capture_output=True, text=True, check=True)
   assert done.stdout.startswith("# openclip_grid: 45 runs") and done.stderr == ""
+
+
+def test_processes_that_do_not_come_are_told_in_one_sentence(monkeypatch, tmp_path, capsys):
+  """The first of two processes of an evaluation, whose other one is not started."""
+  monkeypatch.setattr(distributed.initialize, "__defaults__", (100, 1.0, False))  # the wait is the loop's to configure
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  for name, value in zip(clusters.BY_HAND, (address, "2", "0"), strict=True):
+    monkeypatch.setenv(name, value)
+  assert cli.main(["eval", str(tmp_path), "--dataset", "cifar10", "--data-root", str(tmp_path)]) == 1
+  out, err = capsys.readouterr()
+  assert not out and err.startswith(f"1 of 2 processes came to {address} in 1 s; not there: process 1.") and err.count("\n") == 1

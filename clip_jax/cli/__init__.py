@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clip_jax.cli import arguments as types
 from clip_jax.cli import data, doctor, embedding, evaluation, plan, scaling
-from clip_jax.errors import EXIT_FAILED, EXIT_USAGE, StorageError, UsageError, redact
+from clip_jax.errors import EXIT_FAILED, EXIT_USAGE, StorageError, TrainingError, UsageError, redact
 from clip_jax.files import tell
 
 
@@ -49,7 +49,7 @@ def main(argv=None):
   except UsageError as error:
     tell(str(error))
     return EXIT_USAGE
-  except StorageError as error:
+  except (StorageError, TrainingError) as error:
     tell(str(error))
     return EXIT_FAILED
   except BrokenPipeError:  # who reads has seen enough, as `head` does

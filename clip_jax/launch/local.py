@@ -14,7 +14,6 @@ Exit codes: 0 all done, 75 stopped by a signal with everything saved, 2 wrong us
 import argparse
 import collections
 import ctypes
-import glob
 import os
 import signal
 import socket
@@ -24,6 +23,7 @@ import threading
 import time
 
 from clip_jax.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, UsageError
+from clip_jax.files import tell
 from clip_jax.parallel import clusters
 
 LOOK = 0.1  # seconds between looks
@@ -90,15 +90,6 @@ class Group:
       thread.join(timeout=5)  # a process that one of them left behind may keep a pipe open
 
 
-class Signals:
-  """SIGTERM and SIGINT, as they come."""
-
-  def __init__(self):
-    self.came = collections.deque()
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, lambda number, _: self.came.append(number))
-
-
 def main(arguments=None):
   """Runs a group until it is done, and returns the exit code.
 
@@ -109,9 +100,9 @@ def main(arguments=None):
     options, command = _parse(sys.argv[1:] if arguments is None else arguments)
     shown = gpus(options.processes * options.devices_per_process)
   except UsageError as error:
-    print(error, file=sys.stderr)
+    tell(str(error))
     return EXIT_USAGE
-  signals, restarts = Signals(), 0
+  signals, restarts = _listen(), 0
   while True:
     group = Group(command, options.processes, options.devices_per_process, shown)
     codes, stopped = _watch(group, signals)
@@ -120,10 +111,10 @@ def main(arguments=None):
     if code != EXIT_TRY_AGAIN or stopped:
       return code
     if restarts == options.max_restarts:
-      _tell(f"Stopped early with everything saved, after {restarts:,} restarts (--max-restarts). The same command goes on.")
+      tell(f"Stopped early with everything saved, after {restarts:,} restarts (--max-restarts). The same command goes on.")
       return code
     restarts += 1
-    _tell(f"All stopped early with everything saved; start {restarts + 1:,}.")
+    tell(f"All stopped early with everything saved; start {restarts + 1:,}.")
 
 
 def _parse(arguments):
@@ -157,19 +148,26 @@ def gpus(needed):
   """
   if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu") or not clusters.has_gpu_plugin():
     return []
-  shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-  there = shown.split(",") if shown else [str(number) for number in range(len(glob.glob("/dev/nvidia[0-9]*")))] if shown is None else []
+  there = clusters.visible_gpus()
   if there and len(there) < needed:
     raise UsageError(f"{needed:,} GPUs are needed, and there are {len(there):,}; JAX_PLATFORMS=cpu takes the processor instead.")
   return there
+
+
+def _listen():
+  # SIGTERM and SIGINT, as they come.
+  came = collections.deque()
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: came.append(number))
+  return came
 
 
 def _watch(group, signals):
   # Exit codes of all, once all have ended, and whether it was a signal of ours that stopped them.
   sent, failed_at, first_end = 0, None, None
   while None in (codes := group.codes()):
-    while signals.came:
-      number = signals.came.popleft()
+    while signals:
+      number = signals.popleft()
       sent += 1
       group.send(number if sent == 1 else signal.SIGKILL)
     now = time.monotonic()
@@ -177,7 +175,7 @@ def _watch(group, signals):
     first_end = first_end or (now if any(code is not None for code in codes) else None)
     if failed and not failed_at:
       failed_at = now
-      _tell(f"Process {failed[0][0]} {_ended(failed[0][1])}; the others are ended.")
+      tell(f"Process {failed[0][0]} {_ended(failed[0][1])}; the others are ended.")
     if failed_at and now - failed_at > NOTICE or first_end and now - first_end > STRAGGLER:
       group.end()
     time.sleep(LOOK)
@@ -201,10 +199,6 @@ def _pass_on(number, stream, out):
   for line in stream:
     out.buffer.write(b"[%d] %s\n" % (number, line.rstrip(b"\r\n").rpartition(b"\r")[2]))
     out.buffer.flush()
-
-
-def _tell(text):
-  print(text, file=sys.stderr, flush=True)
 
 
 def _free_port():

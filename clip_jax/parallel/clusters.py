@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import os
 import re
+import subprocess
 from typing import NamedTuple
 
 from clip_jax.errors import UsageError
@@ -78,6 +79,18 @@ def has_gpu_plugin():
   return any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"))
 
 
+def visible_gpus():
+  """The names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them: a list, empty where there are none."""
+  given = os.environ.get("CUDA_VISIBLE_DEVICES")
+  if given is not None:
+    return [one for one in given.split(",") if one]
+  try:
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+  except FileNotFoundError:
+    return []
+  return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+
+
 def _by_hand(address, count, number):
   _check_address(address)
   if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
@@ -129,10 +142,10 @@ def _slurm(variables):
   # Numbers go to nodes in blocks unless it was asked for otherwise; then only the first is where one thinks.
   if len(hosts) != count or (max(tasks) > 1 and not variables.get("SLURM_DISTRIBUTION", "block").startswith("block")):
     hosts = {0: nodes[0]}
-  on_mine = max(tasks) if len(tasks) != len(nodes) else tasks[min(int(variables.get("SLURM_NODEID", "0")), len(tasks) - 1)]
+  tasks_here = dict(enumerate(tasks)).get(int(variables.get("SLURM_NODEID", "0")), 1)
   # High ports, of which few are taken, that differ between jobs on the same node.
   port = 61440 + _whole(variables, "SLURM_JOB_ID")[0] % 4096
-  return Cluster("Slurm", _address(variables, nodes[0], port), count, number, hosts, _gpu(variables, on_mine, local_number))
+  return Cluster("Slurm", _address(variables, nodes[0], port), count, number, hosts, _gpu(variables, tasks_here, local_number))
 
 
 def expand(names):

@@ -29,7 +29,7 @@ def ask(path, seconds):
   """
   request = urllib.request.Request(f"http://{host()}/computeMetadata/v1/instance/{path}", headers={"Metadata-Flavor": "Google"})
   # Never through a proxy, which would answer for its own machine.
-  direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay)
+  direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stay)
   try:
     with direct.open(request, timeout=seconds) as answer:
       return answer.read().decode() if answer.headers.get("Metadata-Flavor") == "Google" else ""
@@ -42,6 +42,9 @@ def ask(path, seconds):
     raise OSError(str(error) or type(error).__name__) from error
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
+class Stay(urllib.request.HTTPRedirectHandler):
+  """Takes an answer that points elsewhere as it is."""
+
   def redirect_request(self, *_):
-    return None
+    """Goes nowhere."""
+    return

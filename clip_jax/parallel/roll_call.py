@@ -8,10 +8,10 @@ import json
 import os
 import selectors
 import socket
-import sys
 import time
 
 from clip_jax.errors import TrainingError, UsageError
+from clip_jax.files import tell
 
 GREETING = "clip_jax"
 PATIENCE = 15.0  # seconds until it is said, and said again, who is waited for
@@ -73,7 +73,7 @@ class _Desk:
         self._listen(min(PATIENCE, max(0.0, deadline - time.monotonic())))
         if time.monotonic() - told > PATIENCE:
           told = time.monotonic()
-          print(f"Waiting for {self._missing()}.", file=sys.stderr, flush=True)
+          tell(f"Waiting for {self._missing()}.")
       answer = {}
       if self._wrong:
         answer = {"wrong": self._wrong}
@@ -166,7 +166,7 @@ def _ask(cluster, host, port, deadline, seconds):
       reason = error.strerror or str(error)
     if time.monotonic() - told > PATIENCE:
       told = time.monotonic()
-      print(f"Waiting for process 0 at {cluster.address} ({reason}).", file=sys.stderr, flush=True)
+      tell(f"Waiting for process 0 at {cluster.address} ({reason}).")
     time.sleep(min(PAUSE, max(0.0, deadline - time.monotonic())))
   where = "answers there, but not as this run's first process" if connected else f"cannot be reached ({reason})"
   name = cluster.hosts.get(0)

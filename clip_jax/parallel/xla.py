@@ -62,7 +62,7 @@ def set_flags(deterministic=False):
   """
   given = os.environ.get("XLA_FLAGS", "").split()
   names = {re.match(r"-*([^=]*)", flag)[1] for flag in given}
-  for flag in FLAGS:
-    wanted = flag.name not in names and (deterministic or not flag.deterministic) and (flag.platform == "cpu" or clusters.has_gpu_plugin())
-    given += [f"--{flag.name}={flag.value}"] if wanted else []
+  platforms = ("cpu", "gpu") if clusters.has_gpu_plugin() else ("cpu",)
+  wanted = [flag for flag in FLAGS if flag.platform in platforms and flag.name not in names and (deterministic or not flag.deterministic)]
+  given += [f"--{flag.name}={flag.value}" for flag in wanted]
   os.environ["XLA_FLAGS"] = " ".join(given)

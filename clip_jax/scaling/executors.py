@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clip_jax.errors import UsageError
 from clip_jax.files import read_json, tell, write_json
+from clip_jax.parallel import clusters
 
 SLURM = """#!/bin/bash
 #SBATCH --job-name=$name
@@ -38,7 +39,7 @@ class Local:
     self._logs, self.most = Path(folder) / "logs", most
     self._logs.mkdir(parents=True, exist_ok=True)
     self._processes, self._places = {}, {}
-    self._devices = _visible_gpus(most)
+    self._devices = _shares_of_gpus(most)
 
   def start(self, planned):
     """Starts a run.
@@ -261,15 +262,8 @@ def _ask(command, given=None):
   return done.stdout
 
 
-def _visible_gpus(parts):
+def _shares_of_gpus(parts):
   """The GPUs of this machine in equal parts, each as CUDA_VISIBLE_DEVICES; none if there are none, or fewer than parts."""
-  given = os.environ.get("CUDA_VISIBLE_DEVICES")
-  if given is None:
-    try:
-      listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-      return []
-    given = ",".join(str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU "))
-  gpus = [one for one in given.split(",") if one]
+  gpus = clusters.visible_gpus()
   each = len(gpus) // parts
   return [",".join(gpus[i * each : (i + 1) * each]) for i in range(parts)] if each and parts > 1 else []

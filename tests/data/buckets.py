@@ -55,7 +55,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if fault in ("503", "429", "500"):
       return self.answer(int(fault), [], b"<Error><Code>SlowDown</Code></Error>")
     if fault == "slow":
-      time.sleep(0.15)
+      time.sleep(0.4)
     if fault == "reset":
       self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
       self.close_connection = True

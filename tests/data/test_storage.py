@@ -104,7 +104,7 @@ def test_nothing_is_lost_or_doubled_when_a_third_of_the_requests_fails(bucket):
   random = np.random.default_rng(0)
   bucket.misbehave(0.33)
   found, ranges = Storage(), []
-  for _ in range(120):
+  for _ in range(250):
     key = random.choice(list(contents))
     start, stop = sorted(random.integers(0, 3_000, 2).tolist())
     ranges.append((key, start, stop))

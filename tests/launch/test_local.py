@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+from clip_jax.errors import UsageError
+from clip_jax.launch import local
+from clip_jax.parallel import clusters
 from tests.end_to_end.runs import RECIPE, ROOT, environment_of, training_lines, wait_until
 
 # A program that writes down its number and start, and then does what the file `todo` of its folder says.
@@ -156,10 +159,6 @@ def test_wrong_usage_is_one_sentence(arguments, message):
 
 
 def test_gpus_are_shared_out_and_too_few_are_told(monkeypatch, capfd):
-  from clip_jax.errors import UsageError
-  from clip_jax.launch import local
-  from clip_jax.parallel import clusters
-
   monkeypatch.setattr(clusters, "has_gpu_plugin", lambda: True)
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")

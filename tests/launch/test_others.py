@@ -113,6 +113,9 @@ def test_the_task_of_skypilot_trains_in_the_bucket_and_goes_on_after_75_alone(wo
   assert 75 in recovery["recover_on_exit_codes"] and 2 not in recovery["recover_on_exit_codes"]
   assert recovery["max_restarts_on_errors"] == 0
   assert task["file_mounts"] == {"/buckets/${BUCKET}": {"source": "gs://${BUCKET}", "mode": "MOUNT"}}
+  worker = (ROOT / "launch/tpu_vm/worker.sh").read_text()  # the same tools as there
+  python_version, uv = re.search(r"PYTHON_VERSION=(\S+) UV=(\S+)", worker).groups()
+  assert f"astral.sh/uv/{uv}/install.sh" in task["setup"] and f"--python {python_version} .venv" in task["setup"]
   python = tmp_path / ".venv/bin/python"
   python.parent.mkdir(parents=True)
   python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')

@@ -74,6 +74,19 @@ def test_tasks_that_share_a_node_have_a_gpu_each_and_one_that_does_not_has_all(v
   assert clusters.find({**SLURM, **variables}).gpu == gpu
 
 
+def test_gpus_are_those_that_are_shown_or_that_the_driver_lists(monkeypatch, tmp_path):
+  for shown, names in (("4,5", ["4", "5"]), ("GPU-a1", ["GPU-a1"]), ("", [])):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert clusters.visible_gpus() == names
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+  monkeypatch.setenv("PATH", str(tmp_path))
+  assert clusters.visible_gpus() == []
+  program = tmp_path / "nvidia-smi"
+  program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H100 (UUID: GPU-2)'\necho warning\n")
+  program.chmod(0o755)
+  assert clusters.visible_gpus() == ["0", "1"]
+
+
 @pytest.mark.parametrize(
   "short, names",
   [

@@ -223,17 +223,12 @@ def _amazon(name):
   return f"https://{name}.s3.amazonaws.com"
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-  # The answer of S3 for another region is what is wanted, not what it points to.
-  def redirect_request(self, *_):
-    return None
-
-
-def _ask(url, method, headers, seconds, opener=None):
+def _ask(url, method, headers, seconds):
   # Status, headers and body; the status is None where nothing answers.
   request = urllib.request.Request(url, method=method, headers=headers)
   try:
-    with (opener or urllib.request.build_opener(_Stay)).open(request, timeout=seconds) as answer:
+    # The answer of S3 for another region is what is wanted, not what it points to.
+    with urllib.request.build_opener(metadata.Stay).open(request, timeout=seconds) as answer:
       return answer.status, answer.headers, answer.read()
   except urllib.error.HTTPError as error:
     with error:
