@@ -57,7 +57,7 @@ def whole():
 
 @pytest.mark.parametrize(
   "microbatches, shape",
-  [(8, (1, 1, 1)), (2, (2, 4, 1)), (4, (2, 1, 2))],
+  [(2, (1, 1, 1)), (4, (1, 1, 1)), (8, (1, 1, 1)), (2, (2, 4, 1)), (4, (2, 1, 2))],
   ids=str,
 )
 def test_three_steps_end_with_the_parameters_of_the_whole_batch(whole, microbatches, shape):

@@ -81,7 +81,7 @@ def assert_same_result(got, want):
     np.testing.assert_allclose(ours, theirs, atol=5e-4 * np.abs(theirs).max(), err_msg=str(path))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
 def test_every_mesh_gives_the_one_device_result(shape):
   """Those with one axis of eight or four devices are below, among ways to compute a step."""
   assert_same_result(trained(shape), trained())
@@ -164,14 +164,15 @@ def test_the_logit_scale_may_have_no_limit():
 def test_both_methods_on_a_mesh_train_alike(name):
   bias = -10.0 if name == "sigmoid" else None
   runs = {}
-  # On meshes all others here gather, softmax's; sigmoid's: tests/losses/test_losses.py.
-  for method, shape in (("gather", (1, 1, 1)), ("ring", (2, 2, 2))):
+  for method, shape in (("gather", (1, 1, 1)), ("gather", (2, 2, 2)), ("ring", (2, 2, 2))):
     loss = {"name": name, "method": method, "chunk": 3, "label_smoothing": 0.1, "mask_duplicates": True}
     runs[method, shape] = train(shape, loss=loss, model={**tiny()["model"], "logit_bias_init": bias})[2]
-  for theirs, ours in zip(*runs.values(), strict=True):
-    assert ours.keys() == theirs.keys() and ("logit_bias" in ours) == (name == "sigmoid")
-    for metric, value in theirs.items():
-      np.testing.assert_allclose(ours[metric], value, rtol=2e-4, err_msg=metric)
+  want = runs.pop(("gather", (1, 1, 1)))
+  for key, metrics in runs.items():
+    for ours, theirs in zip(metrics, want, strict=True):
+      assert ours.keys() == theirs.keys() and ("logit_bias" in ours) == (name == "sigmoid")
+      for metric, value in theirs.items():
+        np.testing.assert_allclose(ours[metric], value, rtol=2e-4, err_msg=f"{key} {metric}")
 
 
 @pytest.mark.slow
@@ -196,9 +197,8 @@ WAYS = [
   ((2, 2, 2), ZERO1, {"scan": True}),
   ((2, 4, 1), {}, {"scan": True, "remat": "full"}),
   ((4, 1, 1), {}, {"remat": "full"}),
-  ((1, 1, 1), {}, {"remat": "minimal"}),
-  ((1, 1, 1), {}, {"remat": "offload"}),
-  ((1, 1, 1), {}, {"scan": True, "remat": "offload"}),
+  *[((1, 1, 1), {}, {"remat": remat}) for remat in ("minimal", "offload")],
+  *[((1, 1, 1), {}, {"scan": True, "remat": remat}) for remat in ("offload", "attention")],
 ]
 
 
@@ -219,7 +219,8 @@ def test_how_a_step_is_computed_changes_no_loss(shape, mesh, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, scan", [("int8", True), ("fp8", False)])
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize("scan", [False, True])
 def test_eight_bits_train_nearly_as_all(name, scan):
   train_in = {"global_batch_size": 16, "steps": 4, "quantization": name, "scan": scan, "remat": "minimal"}
   _, _, measured = train((2, 2, 2), count=5, train=train_in)
